@@ -1,0 +1,114 @@
+"""The manifest: the one file whose presence means that an artifact is done, and what it says.
+
+`digest` is the hash of the checksums of all files that are a function of config and inputs alone; files
+that hold times or host facts are listed with `volatile: true` and left out of it. Later stages record the
+digest of each input, so a result made from other bytes is never taken for current.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mi_pipe.core.atomic import write_json
+from mi_pipe.core.canonical import ID_DIGITS, content_hash
+from mi_pipe.core.errors import ArtifactDamagedError, ArtifactIncompleteError
+
+MANIFEST_NAME = "manifest.json"
+Scalar = str | int | float | bool | None
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size_bytes: int
+    checksum: str
+    """Algorithm and hex value, such as `sha256:9f86…` or `crc32c:1a2b3c4d`."""
+    volatile: bool = False
+    """True for times and host facts, which differ between equal runs."""
+
+
+class InputRef(BaseModel):
+    """An input as it was when the artifact was made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    digest: str
+
+
+class Manifest(BaseModel):
+    """What an artifact is, what it was made from, and what it holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_name: Literal["mi_pipe.manifest/1"] = "mi_pipe.manifest/1"
+    id: str
+    stage: str
+    stage_version: int
+    label: str = ""
+    config: dict[str, Any]
+    execution: dict[str, Any] = {}
+    inputs: dict[str, InputRef]
+    files: dict[str, FileEntry]
+    digest: str
+    summary: dict[str, Scalar]
+    created_at: str
+    """UTC time of publishing, ISO 8601."""
+    elapsed_s: float
+    """Seconds of work over all launches."""
+    n_launches: int
+    host: dict[str, Scalar]
+    versions: dict[str, str]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size_bytes for entry in self.files.values())
+
+
+def artifact_id(stage: str, version: int, config: dict[str, Any], input_ids: dict[str, str]) -> str:
+    """Return `<stage>-<16 hex digits>` of the canonical JSON of what decides the result."""
+    key = {"stage": stage, "version": version, "config": config, "inputs": input_ids}
+    return f"{stage}-{content_hash(key)[:ID_DIGITS]}"
+
+
+def digest_of(files: dict[str, FileEntry]) -> str:
+    """Return the digest of an artifact's content from the checksums of its non-volatile files."""
+    return content_hash({name: entry.checksum for name, entry in files.items() if not entry.volatile})
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Publish: write the manifest, the last file of an artifact, atomically."""
+    write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a manifest and check that every file it names is there with its size.
+
+    Raises ArtifactIncompleteError without a manifest, ArtifactDamagedError if anything disagrees with it.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise ArtifactIncompleteError(f"{folder.name} is not finished: {path} does not exist. Run its recipe again.")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ArtifactDamagedError(damage_text(folder.name, f"{MANIFEST_NAME} cannot be read")) from error
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise ArtifactDamagedError(damage_text(folder.name, f"{name} is missing"))
+        if file.stat().st_size != entry.size_bytes:
+            found = file.stat().st_size
+            raise ArtifactDamagedError(
+                damage_text(folder.name, f"{name} has {found:,} bytes, its manifest says {entry.size_bytes:,}")
+            )
+    return manifest
+
+
+def damage_text(artifact: str, what: str) -> str:
+    """Say that an artifact is damaged and how to get a whole one."""
+    return f"{artifact} is damaged: {what}. `mi-pipe rm {artifact}` removes it, and the next run makes it anew."

@@ -1,0 +1,166 @@
+"""A stage and how one is run: skipped if its result exists, continued if it was begun, published at the end.
+
+A stage is a function (config, inputs, workspace) -> main figures. Everything around it happens here once:
+the id, the lock, the disk check, the ledger's clock, the manifest.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+
+from mi_pipe.core.artifact import Artifact
+from mi_pipe.core.config import Config
+from mi_pipe.core.errors import DiskSpaceError
+from mi_pipe.core.lock import exclusive_lock
+from mi_pipe.core.manifest import MANIFEST_NAME, InputRef, Scalar, artifact_id
+from mi_pipe.core.progress import Progress
+from mi_pipe.core.store import Store
+from mi_pipe.core.workspace import Workspace
+
+Outcome = Literal["Cached", "Resumed", "Completed"]
+_DISK_MARGIN = 1.05
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """Anything that can be an input: an artifact or a model."""
+
+    @property
+    def id(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Hash of its content."""
+        ...
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage expects to write and do, before it starts."""
+
+    size_bytes: int
+    n_units: int
+    unit: str
+    notes: tuple[str, ...] = ()
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+InputsT = TypeVar("InputsT")
+
+
+@dataclass(frozen=True)
+class Stage(Generic[ConfigT, InputsT]):
+    """A batch step. `inputs` is a frozen dataclass of `Identified` values, lists of them, or None."""
+
+    name: str
+    version: int
+    config: type[ConfigT]
+    inputs: type[InputsT]
+    run: Callable[[ConfigT, InputsT, Workspace], dict[str, Scalar]]
+    estimate: Callable[[ConfigT, InputsT], Estimate]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A published artifact and how it came: Cached (existed), Resumed (continued) or Completed (new)."""
+
+    artifact: Artifact
+    outcome: Outcome
+    seconds: float = field(compare=False)
+
+
+def input_refs(inputs: Any) -> dict[str, InputRef]:
+    """Return the id and digest of each input by role; items of a list have roles `saes.0`, `saes.1` and so on."""
+    return {role: InputRef(id=value.id, digest=value.digest) for role, value in _by_role(inputs)}
+
+
+def _by_role(inputs: Any) -> Iterator[tuple[str, Identified]]:
+    for item in dataclasses.fields(inputs):
+        value = getattr(inputs, item.name)
+        if isinstance(value, list | tuple):
+            yield from ((f"{item.name}.{i}", entry) for i, entry in enumerate(value))
+        elif value is not None:
+            yield item.name, value
+
+
+def stage_id(stage: Stage[Any, Any], config: Config, input_ids: dict[str, str]) -> str:
+    """Return the id of the artifact that `stage` makes of this config and these inputs."""
+    return artifact_id(stage.name, stage.version, config.identity(), input_ids)
+
+
+def is_current(artifact: Artifact, inputs: dict[str, InputRef]) -> bool:
+    """Say whether an artifact was made from inputs with just these digests."""
+    return artifact.inputs == inputs
+
+
+def execute(
+    stage: Stage[ConfigT, InputsT],
+    config: ConfigT,
+    inputs: InputsT,
+    store: Store,
+    progress: Progress | None = None,
+    label: str = "",
+    wait: bool = False,
+) -> Result:
+    """Return the stage's artifact, made now unless it exists.
+
+    Raises ArtifactLockedError if another process is making it (or waits, if `wait`), ArtifactDamagedError
+    if it exists and is not whole, DiskSpaceError if the estimate does not fit, and what the stage raises.
+    """
+    started = time.monotonic()
+    refs = input_refs(inputs)
+    name = stage_id(stage, config, {role: ref.id for role, ref in refs.items()})
+    if (found := _published(store, name, refs)) is not None:
+        return Result(found, "Cached", time.monotonic() - started)
+    with exclusive_lock(store.lock_path(name), name, wait):
+        if (found := _published(store, name, refs)) is not None:
+            return Result(found, "Cached", time.monotonic() - started)
+        _drop_stale(store, name)
+        check_disk(store.root, stage.estimate(config, inputs), name)
+        work = Workspace(name, store.folder(name), store.scratch(name), progress)
+        try:
+            summary = stage.run(config, inputs, work)
+        except BaseException:
+            work.pause()
+            raise
+        work.publish(stage.name, stage.version, label, config.identity(), _execution(config), refs, summary)
+        outcome: Outcome = "Resumed" if work.is_resumed else "Completed"
+        return Result(Artifact(store.folder(name)), outcome, time.monotonic() - started)
+
+
+def check_disk(root: Path, estimate: Estimate, name: str) -> None:
+    """Raise DiskSpaceError if the estimate does not fit on the store's disk."""
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    needed = int(estimate.size_bytes * _DISK_MARGIN)
+    if needed > free:
+        raise DiskSpaceError(
+            f"{name} needs {needed / 1e9:.2f} GB in {root} and {free / 1e9:.2f} GB are free. "
+            "Free space, choose another store (MI_PIPE_STORE), or ask for less (fewer tokens or hook points)."
+        )
+
+
+def _published(store: Store, name: str, refs: dict[str, InputRef]) -> Artifact | None:
+    if not store.is_published(name):
+        return None
+    artifact = Artifact(store.folder(name))
+    return artifact if is_current(artifact, refs) else None
+
+
+def _drop_stale(store: Store, name: str) -> None:
+    """Remove an artifact made from inputs that have since been made anew with other bytes."""
+    if store.is_published(name):
+        (store.folder(name) / MANIFEST_NAME).unlink()
+        shutil.rmtree(store.folder(name))
+
+
+def _execution(config: Config) -> dict[str, Any]:
+    identity = config.identity()
+    dumped = config.model_dump(mode="json")
+    return {key: value for key, value in dumped.items() if key not in identity}

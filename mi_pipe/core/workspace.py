@@ -1,0 +1,134 @@
+"""The write side of an artifact: the folder a stage fills, its scratch space and its ledger.
+
+Files go into the artifact's final folder under atomic writes; scratch (checkpoints) and the ledger lie
+apart and go at publishing. Nothing counts until `publish` has written the manifest.
+"""
+
+import datetime
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mi_pipe.core import atomic
+from mi_pipe.core.canonical import file_sha256
+from mi_pipe.core.host import host_facts, package_versions
+from mi_pipe.core.ledger import Ledger
+from mi_pipe.core.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    InputRef,
+    Manifest,
+    Scalar,
+    digest_of,
+    write_manifest,
+)
+from mi_pipe.core.progress import Progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+_LAUNCH = "launch"
+_READ_ONLY = 0o444
+
+
+class Workspace:
+    """What a stage gets to write one artifact; made by the runner, under the artifact's lock."""
+
+    def __init__(self, artifact_id: str, folder: Path, scratch: Path, progress: Progress | None = None) -> None:
+        """Open or reopen the workspace of an artifact; `folder` is its final place."""
+        self.id = artifact_id
+        self.folder = folder
+        self.scratch = scratch
+        self.progress = progress or Progress()
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir(parents=True, exist_ok=True)
+        atomic.sweep_temporary(folder)
+        atomic.sweep_temporary(scratch)
+        self.ledger = Ledger(scratch / "ledger.jsonl")
+        launches = Ledger(scratch / "launches.jsonl")
+        self.n_launches = launches.n_done + 1
+        self.is_resumed = self.ledger.n_done > 0 or any(folder.iterdir())
+        launches.mark(f"{_LAUNCH} {self.n_launches}")
+        self._started = time.monotonic()
+        self._checksums: dict[str, str] = {}
+        self._volatile: set[str] = set()
+
+    def path(self, name: str) -> Path:
+        """Return the final path of a file, its folder made; write it with `core.atomic` or a method below."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_table(self, name: str, frame: "pd.DataFrame") -> None:
+        """Write a Parquet table (zstd) whose bytes depend on the frame alone."""
+        with atomic.atomic_path(self.path(name)) as temp:
+            frame.to_parquet(temp, engine="pyarrow", compression="zstd", index=False)
+
+    def write_tensors(self, name: str, tensors: "dict[str, Tensor]") -> None:
+        """Write a safetensors file, names sorted."""
+        from safetensors.torch import save_file
+
+        with atomic.atomic_path(self.path(name)) as temp:
+            save_file({key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}, temp)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file."""
+        atomic.write_json(self.path(name), value)
+
+    def checksum(self, name: str, checksum: str) -> None:
+        """Give the checksum (`crc32c:…`) of a file that was computed while writing, to save reading it again."""
+        self._checksums[name] = checksum
+
+    def volatile(self, name: str) -> None:
+        """Say that a file holds times or host facts and is not part of the digest."""
+        self._volatile.add(name)
+
+    def pause(self) -> None:
+        """Record the seconds of this launch, when the stage ends early."""
+        self.ledger.add_elapsed(time.monotonic() - self._started)
+
+    def publish(
+        self,
+        stage: str,
+        stage_version: int,
+        label: str,
+        config: dict[str, Any],
+        execution: dict[str, Any],
+        inputs: dict[str, InputRef],
+        summary: dict[str, Scalar],
+    ) -> Manifest:
+        """Write the manifest, make the files read-only and remove the scratch space."""
+        files = {name: self._entry(name) for name in self._file_names()}
+        manifest = Manifest(
+            id=self.id,
+            stage=stage,
+            stage_version=stage_version,
+            label=label,
+            config=config,
+            execution=execution,
+            inputs=inputs,
+            files=files,
+            digest=digest_of(files),
+            summary=summary,
+            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            elapsed_s=round(self.ledger.elapsed_s + time.monotonic() - self._started, 3),
+            n_launches=self.n_launches,
+            host=host_facts(),
+            versions=package_versions(),
+        )
+        for name in files:
+            (self.folder / name).chmod(_READ_ONLY)
+        write_manifest(self.folder, manifest)
+        shutil.rmtree(self.scratch)
+        return manifest
+
+    def _file_names(self) -> list[str]:
+        found = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+        return sorted(name for name in found if name != MANIFEST_NAME)
+
+    def _entry(self, name: str) -> FileEntry:
+        path = self.folder / name
+        checksum = self._checksums.get(name) or f"sha256:{file_sha256(path)}"
+        return FileEntry(size_bytes=path.stat().st_size, checksum=checksum, volatile=name in self._volatile)

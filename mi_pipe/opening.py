@@ -1,0 +1,37 @@
+"""`mi_pipe.open`: from an id, the beginning of one, or a path to the object that reads it."""
+
+import importlib
+import os
+from pathlib import Path
+
+from mi_pipe.core.artifact import Artifact
+from mi_pipe.core.manifest import MANIFEST_NAME, read_manifest
+from mi_pipe.core.store import Store
+
+VIEWS = {
+    "train_model": "mi_pipe.models.trained:TrainedModel",
+    "generate_prompts": "mi_pipe.prompts.prompt_set:PromptSet",
+    "harvest": "mi_pipe.activations.store:ActivationStore",
+    "train_saes": "mi_pipe.saes.sae_set:SAESet",
+    "score_features": "mi_pipe.features.feature_set:FeatureSet",
+    "heads": "mi_pipe.attention.head_scores:HeadScores",
+    "patch": "mi_pipe.patching.effects:PatchEffects",
+    "circuits": "mi_pipe.circuits.circuit_set:CircuitSet",
+    "report": "mi_pipe.report.site:Report",
+}
+
+
+def open_artifact(id_or_path: str | os.PathLike[str], store: Store | str | os.PathLike[str] | None = None) -> Artifact:
+    """Open a published artifact with the readers of its stage.
+
+    `id_or_path` is an id, the beginning of one, or an artifact's folder. Raises ArtifactNotFoundError,
+    ArtifactIncompleteError or ArtifactDamagedError, each saying what to do.
+    """
+    path = Path(id_or_path)
+    if not (path / MANIFEST_NAME).exists():
+        store = store if isinstance(store, Store) else Store(store)
+        path = store.folder(store.find(os.fspath(id_or_path)))
+    manifest = read_manifest(path)
+    module_name, _, class_name = VIEWS.get(manifest.stage, "mi_pipe.core.artifact:Artifact").partition(":")
+    view: type[Artifact] = getattr(importlib.import_module(module_name), class_name)
+    return view(path, manifest)
