@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from mi_pipe.core.errors import ArtifactLockedError
@@ -15,7 +15,7 @@ _POLL_S = 0.5
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, artifact_id: str, wait: bool = False) -> Iterator[None]:
+def exclusive_lock(path: Path, artifact_id: str, wait: bool = False) -> Generator[None]:
     """Hold the lock file at `path` for the block.
 
     Raises ArtifactLockedError at once if another process holds it, or waits for it if `wait`.

@@ -9,9 +9,15 @@ class Vocabulary(Protocol):
 
     size: int
     bos_id: int | None
+    special_ids: frozenset[int]
+    """Tokens that are marks (BOS, chat roles, padding) and no text."""
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without BOS or other special tokens."""
+        ...
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text as `encode` does, at the speed of one batch."""
         ...
 
     def text(self, token_id: int) -> str:

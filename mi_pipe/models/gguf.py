@@ -18,7 +18,8 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
         raise ModelError(f"transformers cannot read the GGUF file {path}: {error}") from error
     # The weights are plain now; the marks of quantisation would forbid saving them.
-    del module.config.quantization_config
-    module.hf_quantizer = None
-    module.is_quantized = False
-    return module, tokenizer
+    plain: Any = module
+    del plain.config.quantization_config
+    plain.hf_quantizer = None
+    plain.is_quantized = False
+    return plain, tokenizer

@@ -17,6 +17,7 @@ from torch import nn
 from mi_pipe.core.errors import HookPointError, near_names
 
 _LAYER = re.compile(r"^blocks\.(\d+)\.")
+_PROBE_BATCH = 2
 _PROBE_POSITIONS = 3
 _SEQUENCE_DIMS = 2
 
@@ -88,7 +89,7 @@ def map_hooks(bridge: Any, module_paths: dict[int, str]) -> HookMap:
     `module_paths` maps `id(module)` of the model's own modules, taken before the bridge wrapped them, to
     their paths.
     """
-    tokens = torch.zeros(1, _PROBE_POSITIONS, dtype=torch.long, device=bridge.cfg.device)
+    tokens = torch.zeros(_PROBE_BATCH, _PROBE_POSITIONS, dtype=torch.long, device=bridge.cfg.device)
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens)
     hooks = bridge.hook_dict
@@ -102,7 +103,7 @@ def _site(bridge: Any, name: str, shape: tuple[int, ...], hooks: dict[str, Any],
     if hook in ("hook_in", "hook_out"):
         component = _resolve(bridge, component_path)
         path = paths.get(id(getattr(component, "original_component", None)))
-    has_positions = len(shape) > _SEQUENCE_DIMS and shape[1] == _PROBE_POSITIONS
+    has_positions = len(shape) > _SEQUENCE_DIMS and shape[:_SEQUENCE_DIMS] == (_PROBE_BATCH, _PROBE_POSITIONS)
     token_shape = shape[_SEQUENCE_DIMS:] if has_positions else ()
     return HookSite(name, token_shape, path, "in" if hook == "hook_in" else "out")
 

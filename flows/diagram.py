@@ -1,0 +1,110 @@
+"""The pipeline's diagram: which artifact is made from which, for one recipe.
+
+    train_model ──► (model)
+    generate_prompts ──► harvest ──► train_saes ──► score_features ──┐
+          └──────────► heads, patch, circuits ──────────────────────┴──► report
+
+`diagram` is the only place where stages are wired; `plan` and `run` both read it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from flows.recipe import Recipe
+from mi_pipe.core.config import Config
+from mi_pipe.core.stage import Stage, stage_id
+from mi_pipe.core.store import Store
+from mi_pipe.models.handle import ModelHandle, resolve_model
+from stages import (
+    circuits,
+    generate_prompts,
+    harvest,
+    heads,
+    patch,
+    report,
+    score_features,
+    train_model,
+    train_saes,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One stage with its config and where its inputs come from."""
+
+    stage: Stage[Any, Any]
+    config: Config
+    inputs: "dict[str, Step | ModelHandle | list[Step]]"
+    label: str
+    needs_all_inputs: bool = field(default=True)
+
+    @cached_property
+    def id(self) -> str:
+        """The artifact's id, known before anything has run."""
+        return stage_id(self.stage, self.config, {role: source.id for role, source in self.sources()})
+
+    def sources(self) -> "Iterator[tuple[str, Step | ModelHandle]]":
+        """Iterate over (role, source); items of a list have roles `tasks.0`, `tasks.1` and so on."""
+        for role, source in self.inputs.items():
+            if isinstance(source, list):
+                yield from ((f"{role}.{i}", item) for i, item in enumerate(source))
+            else:
+                yield role, source
+
+    @property
+    def upstream(self) -> "list[Step]":
+        """The steps that this one reads."""
+        return [source for _, source in self.sources() if isinstance(source, Step)]
+
+
+def diagram(recipe: Recipe, store: Store) -> list[Step]:
+    """Return the recipe's steps in an order in which each comes after its inputs."""
+    steps: list[Step] = []
+
+    def step(stage: Stage[Any, Any], config: Config, label: str, **inputs: Any) -> Step:
+        steps.append(Step(stage, config, inputs, label))
+        return steps[-1]
+
+    model = _model(recipe, store, step)
+    tasks = {
+        name: step(generate_prompts.STAGE, config, f"prompts.{name}", model=model)
+        for name, config in recipe.tasks.items()
+    }
+    if recipe.heads:
+        step(heads.STAGE, recipe.heads, "heads", model=model, tasks=list(tasks.values()))
+    if recipe.patch:
+        for name in recipe.patch.tasks or tasks:
+            step(patch.STAGE, recipe.patch, f"patch.{name}", model=model, task=tasks[name])
+    if recipe.circuits:
+        for name in recipe.circuits.tasks or tasks:
+            step(circuits.STAGE, recipe.circuits, f"circuits.{name}", model=model, task=tasks[name])
+    if recipe.prompts:
+        text = step(generate_prompts.STAGE, recipe.prompts, "prompts", model=model)
+        if recipe.harvest:
+            acts = step(harvest.STAGE, recipe.harvest, "harvest", model=model, prompts=text)
+            if recipe.saes:
+                saes = step(train_saes.STAGE, recipe.saes, "saes", model=model, prompts=text, activations=acts)
+                if recipe.features:
+                    read = {"model": model, "prompts": text, "activations": acts, "saes": saes}
+                    step(score_features.STAGE, recipe.features, "features", **read)
+    if recipe.report:
+        steps.append(_report(recipe, steps))
+    return steps
+
+
+def _model(recipe: Recipe, store: Store, step: Any) -> Step | ModelHandle:
+    if recipe.train_model:
+        return step(train_model.STAGE, recipe.train_model, "model")
+    section = recipe.model
+    assert section.name is not None, "load_recipe has checked that there is a model"
+    return resolve_model(
+        section.name, store, section.dtype, section.device, section.revision, section.trust_remote_code
+    )
+
+
+def _report(recipe: Recipe, steps: list[Step]) -> Step:
+    assert recipe.report is not None
+    config = recipe.report.for_run(recipe.name, recipe.description, recipe.identity(), recipe.claims)
+    return Step(report.STAGE, config, {"artifacts": list(steps)}, "report", needs_all_inputs=False)

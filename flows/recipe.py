@@ -1,0 +1,178 @@
+"""Recipes: one YAML file says which model and which stages; `key.path=value` overrides change it.
+
+A section that is there is a stage that runs (with defaults where it is empty); one that is absent, or set to
+null by an override, is skipped. Mistakes are answered with the line and the nearest name.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from flows.recipe_errors import explain, key_lines
+from mi_pipe.core.config import Config, Execution
+from mi_pipe.core.errors import ConfigError, near_names
+from mi_pipe.models.device import DType
+from mi_pipe.report.claims import Claim
+from stages.circuits import CircuitsConfig
+from stages.generate_prompts import AnyPromptConfig
+from stages.harvest import HarvestConfig
+from stages.heads import HeadsConfig
+from stages.patch import PatchConfig
+from stages.report import ReportConfig
+from stages.score_features import ScoreFeaturesConfig
+from stages.train_model import TrainModelConfig
+from stages.train_saes import TrainSAEsConfig
+
+DEFAULT_RECIPE = "tiny"
+_PACKAGED = Path(__file__).parent / "configs"
+_CHECKOUT = Path(__file__).parent.parent / "configs"
+_NEEDS = {
+    "harvest": "prompts",
+    "saes": "harvest",
+    "features": "saes",
+    "heads": "tasks",
+    "patch": "tasks",
+    "circuits": "tasks",
+}
+
+
+class ModelSection(Config):
+    """Which model the recipe is about."""
+
+    name: str | None = None
+    """A pulled model (smollm2-135m), a HuggingFace name, a folder, or a .gguf file; none if the recipe trains it."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: DType = "float32"
+    """Dtype of the weights. Harvest chooses its own compute precision."""
+    device: Annotated[str, Execution()] = "auto"
+    """auto, cuda, cuda:1, mps or cpu."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights. Only for sources you trust."""
+
+
+class Recipe(Config):
+    """One night's work."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """What the run is called."""
+    description: str = ""
+    """One or two sentences for the report."""
+    store: Annotated[str | None, Execution()] = None
+    """Folder of results; default: the variable MI_PIPE_STORE, or data/store."""
+    model: ModelSection = ModelSection()
+    """Which model."""
+    train_model: TrainModelConfig | None = None
+    """Train a small model, and use it."""
+    prompts: AnyPromptConfig | None = None
+    """The text that activations are harvested on."""
+    tasks: dict[str, AnyPromptConfig] = Field(default_factory=dict)
+    """Tasks with clean and corrupted prompts, by a name of your choice."""
+    harvest: HarvestConfig | None = None
+    """Store activations."""
+    saes: TrainSAEsConfig | None = None
+    """Train sparse autoencoders on them."""
+    features: ScoreFeaturesConfig | None = None
+    """Score the features."""
+    heads: HeadsConfig | None = None
+    """Score attention heads and store patterns."""
+    patch: PatchConfig | None = None
+    """Patch activations."""
+    circuits: CircuitsConfig | None = None
+    """Find circuits."""
+    report: ReportConfig | None = None
+    """Write the report."""
+    claims: tuple[Claim, ...] = ()
+    """Statements that the report checks against measured figures."""
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file of a recipe given by path or by the name of one that ships; raises ConfigError."""
+    if Path(name).is_file():
+        return Path(name)
+    for folder in (_CHECKOUT, _PACKAGED):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted(path.stem for path in (_CHECKOUT if _CHECKOUT.is_dir() else _PACKAGED).glob("*.yaml"))
+    raise ConfigError(f"There is no recipe {name!r}.{near_names(name, known)} Recipes that ship: {', '.join(known)}.")
+
+
+def load_recipe(name: str = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key.path=value` overrides (values are YAML).
+
+    Raises ConfigError with file, line and near names for anything that is not right.
+    """
+    path = recipe_path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{place} is not YAML: {getattr(error, 'problem', error)}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold sections such as `model:` and `harvest:`, got {type(content).__name__}.")
+    content = {"name": path.stem, **{key: _as_section(key, value) for key, value in content.items()}}
+    lines = {key: f"{path}, line {line}" for key, line in key_lines(text).items()}
+    for override in overrides:
+        _apply(content, override, lines)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Recipe, lines, str(path))) from error
+    _check_sections(recipe, str(path))
+    return recipe
+
+
+def _as_section(key: Any, value: Any) -> Any:
+    """A bare `heads:` in a file is the section with its defaults."""
+    return {} if value is None and key in Recipe.model_fields and key not in ("store", "name") else value
+
+
+def _apply(content: dict[str, Any], override: str, lines: dict[tuple[str, ...], str]) -> None:
+    key, equals, text = override.partition("=")
+    path = tuple(key.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"An override is written key.path=value, got {override!r}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value of the override {override!r} is not YAML.") from error
+    target: Any = content
+    for part in path[:-1]:
+        if not isinstance(target, dict):
+            raise ConfigError(f"The override {override!r} goes below {part!r}, which is no section.")
+        target = target.setdefault(part, {})
+    if not isinstance(target, dict):
+        raise ConfigError(f"The override {override!r} goes below {path[-2]!r}, which is no section.")
+    if value is None and len(path) == 1:
+        target.pop(path[0], None)
+    else:
+        target[path[-1]] = value
+    for length in range(1, len(path) + 1):
+        lines.setdefault(path[:length], f"override {override!r}")
+    lines[path] = f"override {override!r}"
+
+
+def _check_sections(recipe: Recipe, place: str) -> None:
+    """Say which section is missing for another, and that there is exactly one model."""
+    for section, needed in _NEEDS.items():
+        if getattr(recipe, section) is not None and not getattr(recipe, needed):
+            raise ConfigError(f"{place}: section {section!r} needs a section {needed!r}.")
+    if (recipe.model.name is None) == (recipe.train_model is None):
+        have = "has both" if recipe.train_model else "has neither"
+        raise ConfigError(f"{place} must name a model (model.name) or train one (train_model); it {have}.")
+    for section in ("patch", "circuits"):
+        chosen = getattr(getattr(recipe, section), "tasks", None) or []
+        for task in chosen:
+            if task not in recipe.tasks:
+                known = ", ".join(recipe.tasks)
+                raise ConfigError(
+                    f"{place}: {section}.tasks names {task!r}, which is no task of the recipe "
+                    f"({known}).{near_names(task, recipe.tasks)}"
+                )
