@@ -100,7 +100,8 @@ def _site(bridge: Any, name: str, shape: tuple[int, ...], hooks: dict[str, Any],
     canonical = hooks[name].name if name in hooks else name
     component_path, _, hook = canonical.rpartition(".")
     path = None
-    if hook in ("hook_in", "hook_out"):
+    # The bridge repeats learned position embeddings over the batch; the module's own value has no batch axis.
+    if hook in ("hook_in", "hook_out") and component_path != "pos_embed":
         component = _resolve(bridge, component_path)
         path = paths.get(id(getattr(component, "original_component", None)))
     has_positions = len(shape) > _SEQUENCE_DIMS and shape[:_SEQUENCE_DIMS] == (_PROBE_BATCH, _PROBE_POSITIONS)
