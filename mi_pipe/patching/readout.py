@@ -1,10 +1,21 @@
-"""From the last hidden states to the few logits that a metric reads, without the rest of the vocabulary."""
+"""From prompts or last hidden states to the few logits that a metric reads, without the rest of the vocabulary."""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_pipe.models.model import Model
+from mi_pipe.models.model import Model, as_logits
+
+
+def last_logits(model: Model, tokens: Int[Tensor, "batch pos"], **options: Any) -> Float[Tensor, "batch d_vocab"]:
+    """Run the plain model and return, in float32, its own logits at the last position.
+
+    Other positions are not unembedded. `options` go to the model's forward, such as a cache.
+    """
+    with model.edited({"unembed.hook_in": lambda normed: normed[:, -1:]}):
+        return as_logits(model.module(tokens, **options))[:, -1].float()
 
 
 def token_logits(
@@ -23,9 +34,6 @@ def token_logits(
     return logits + bias[tokens].float() if isinstance(bias, Tensor) else logits
 
 
-def last_logit_diff(
-    model: Model, hidden: Float[Tensor, "row pos d_model"], choices: Int[Tensor, "row choice"]
-) -> Float[Tensor, " row"]:
-    """Return logit[answer] - logit[wrong] at the last position; `choices` holds (answer, wrong) of each row."""
-    logits = token_logits(model, hidden, choices)
+def choice_diff(logits: Float[Tensor, "row choice"]) -> Float[Tensor, " row"]:
+    """Return logit[answer] - logit[wrong] from the logits of (answer, wrong)."""
     return logits[:, 0] - logits[:, 1]

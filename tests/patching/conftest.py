@@ -66,9 +66,7 @@ def make_model(name: str) -> Model:
                 if weight.ndim > 1:
                     weight.mul_(4.0)
         return wrap_native(module)
-    return wrap_hf_model(
-        AutoModelForCausalLM.from_config(HF_CONFIGS[name], attn_implementation="sdpa"), word_tokenizer(), name
-    )
+    return wrap_hf_model(AutoModelForCausalLM.from_config(HF_CONFIGS[name]), word_tokenizer(), name)
 
 
 @pytest.fixture(scope="session")
