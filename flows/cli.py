@@ -205,3 +205,7 @@ def main() -> None:
     except MiPipeError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

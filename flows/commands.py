@@ -41,15 +41,14 @@ class _Interrupted(BaseException):
 
 def run_command(recipe: str, overrides: list[str], store: str | None, wait: bool, no_prefect: bool) -> int:
     """Run a recipe; returns the exit code."""
-    content, where, steps = _prepare(recipe, overrides, store)
-    check_recipe(content, where)
-    plan(steps, where)
+    ready = prepare(recipe, overrides, store)
+    where = ready.store
     _log_to(where)
     again = shlex.join(["mi-pipe", "run", recipe, *overrides, *(["--store", store] if store else [])])
     _catch_signals()
     try:
         if no_prefect:
-            reports = _run_directly(steps, where, wait)
+            reports = _run_directly(ready.steps, where, wait)
         else:
             from flows.pipeline import run_in_flow
 
@@ -72,9 +71,7 @@ def _run_directly(steps: list[Step], store: Store, wait: bool) -> list[StepRepor
 
 def plan_command(recipe: str, overrides: list[str], store: str | None, as_json: bool) -> None:
     """Print what `run` would do."""
-    content, where, steps = _prepare(recipe, overrides, store)
-    check_recipe(content, where)
-    intents = plan(steps, where)
+    intents = prepare(recipe, overrides, store).intents
     if as_json:
         print(json.dumps([as_row(intent) for intent in intents], indent=1))  # noqa: T201
         return
@@ -151,8 +148,9 @@ def rm_command(artifact_id: str, store: str | None, yes: bool) -> None:
 
 def report_command(recipe: str, overrides: list[str], store: str | None) -> int:
     """Write the report of what exists of a recipe; returns the exit code."""
-    _content, where, steps = _prepare(recipe, overrides, store)
-    done = {intent.step.id for intent in plan(steps, where) if intent.action == "cached"}
+    ready = prepare(recipe, overrides, store)
+    steps, where = ready.steps, ready.store
+    done = {intent.step.id for intent in ready.intents if intent.action == "cached"}
     if steps[-1].stage.name != "report":
         raise ArtifactNotFoundError(f"Recipe {recipe!r} has no section 'report'.")
 
@@ -183,12 +181,6 @@ def config_command(recipe: str, overrides: list[str]) -> None:
     """Print a recipe, defaults filled in."""
     content = load_recipe(recipe, overrides).model_dump(mode="json")
     print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), end="")  # noqa: T201
-
-
-def _prepare(recipe: str, overrides: list[str], store: str | None) -> tuple[Recipe, Store, list[Step]]:
-    content = load_recipe(recipe, overrides)
-    where = Store(store or content.store)
-    return content, where, diagram(content, where)
 
 
 def _summarise(reports: list[StepReport], again: str) -> int:

@@ -13,13 +13,11 @@ from typing import Any  # noqa: E402
 from prefect import Flow, flow  # noqa: E402 (Prefect reads its settings when it is imported)
 from prefect.states import Failed, State  # noqa: E402
 
-from flows.diagram import diagram  # noqa: E402
-from flows.preflight import check_recipe  # noqa: E402
-from flows.recipe import DEFAULT_RECIPE, load_recipe  # noqa: E402
+from flows.preflight import prepare  # noqa: E402
+from flows.recipe import DEFAULT_RECIPE  # noqa: E402
 from flows.runner import StepReport, run_diagram  # noqa: E402
 from flows.tasks import run_as_task  # noqa: E402
 from flows.terminal import Screen  # noqa: E402
-from mi_pipe.core.store import Store  # noqa: E402
 
 
 def make_flow(on_end: Callable[[list[StepReport]], Any]) -> Flow[Any, Any]:
@@ -33,12 +31,9 @@ def make_flow(on_end: Callable[[list[StepReport]], Any]) -> Flow[Any, Any]:
         `recipe` is a path or the name of a recipe that ships, `overrides` are `key.path=value`, `store` is a
         folder. If a step fails, the flow ends as Failed after every step that does not need it has been made.
         """
-        content = load_recipe(recipe, overrides or [])
-        where = Store(store or content.store)
-        check_recipe(content, where)
+        ready = prepare(recipe, overrides or [], store)
         with Screen() as screen:
-            steps = diagram(content, where)
-            reports = run_diagram(steps, lambda step: run_as_task(step, where, screen, wait), screen.report)
+            reports = run_diagram(ready.steps, lambda step: run_as_task(step, ready.store, screen, wait), screen.report)
         on_end(reports)
         failed = [report for report in reports if report.outcome == "Failed"]
         if not failed:

@@ -1,21 +1,50 @@
-"""What can be known before any work begins: hook points, and that the hooks of SAEs are harvested."""
+"""What is done before any work begins: recipe read, steps wired, store looked at, hook points checked."""
 
-from flows.recipe import Recipe
+from dataclasses import dataclass
+
+from flows.diagram import Step, diagram
+from flows.planning import Intent, plan
+from flows.recipe import Recipe, load_recipe
 from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.core.store import Store
-from mi_pipe.models.handle import resolve_model
+from mi_pipe.models.handle import ModelHandle
 from mi_pipe.models.hook_points import HookMap
 from mi_pipe.models.source import source_hooks
 from mi_pipe.models.trained import native_module, wrap_native
 from stages import harvest
 from stages.train_model import model_fields
 
+_LOOKS_AT_HOOKS = ("harvest", "train_saes")
 
-def check_recipe(recipe: Recipe, store: Store) -> None:
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that is known to be sound, and what each of its steps would do."""
+
+    recipe: Recipe
+    store: Store
+    steps: list[Step]
+    intents: list[Intent]
+
+
+def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
+    """Read and check everything that can be known early.
+
+    Raises ConfigError, ModelError, HookPointError or ArtifactDamagedError, each before any work.
+    """
+    content = load_recipe(recipe, overrides)
+    where = Store(store or content.store)
+    steps = diagram(content, where)
+    intents = plan(steps, where)
+    if any(intent.action != "cached" and intent.step.stage.name in _LOOKS_AT_HOOKS for intent in intents):
+        _check_hooks(content, steps)
+    return Prepared(content, where, steps, intents)
+
+
+def _check_hooks(recipe: Recipe, steps: list[Step]) -> None:
     """Raise HookPointError or ConfigError for what would fail only after hours."""
-    if recipe.harvest is None:
-        return
-    harvested = harvest.hook_names(recipe.harvest, _hooks(recipe, store))
+    assert recipe.harvest is not None, "a step that looks at hooks has a harvest section"
+    harvested = harvest.hook_names(recipe.harvest, _hooks(recipe, steps))
     for hook in (recipe.saes.hooks if recipe.saes else None) or ():
         if hook not in harvested:
             raise ConfigError(
@@ -23,9 +52,8 @@ def check_recipe(recipe: Recipe, store: Store) -> None:
             )
 
 
-def _hooks(recipe: Recipe, store: Store) -> HookMap:
+def _hooks(recipe: Recipe, steps: list[Step]) -> HookMap:
     if recipe.train_model:
         return wrap_native(native_module(model_fields(recipe.train_model))).hooks
-    section = recipe.model
-    assert section.name is not None, "load_recipe has checked that there is a model"
-    return source_hooks(resolve_model(section.name, store, revision=section.revision))[0]
+    handle = next(source for step in steps for _, source in step.sources() if isinstance(source, ModelHandle))
+    return source_hooks(handle)[0]

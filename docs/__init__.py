@@ -1,0 +1,1 @@
+"""The reference pages are generated from the code, so that they cannot drift."""
