@@ -18,10 +18,9 @@ from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from flows.diagram import Step, diagram  # noqa: E402
-from flows.planning import as_row, plan  # noqa: E402
-from flows.preflight import check_recipe  # noqa: E402
-from flows.recipe import Recipe, load_recipe  # noqa: E402
+from flows.diagram import Step  # noqa: E402
+from flows.planning import as_row  # noqa: E402
+from flows.recipe import load_recipe  # noqa: E402
 from flows.runner import StepReport, run_diagram, run_step  # noqa: E402
 from flows.terminal import Screen  # noqa: E402
 from mi_pipe.core.artifact import Artifact, format_size  # noqa: E402
