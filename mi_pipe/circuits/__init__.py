@@ -1,0 +1,1 @@
+"""Circuits: the graph of a model's parts, edge scores, pruning and faithfulness."""
