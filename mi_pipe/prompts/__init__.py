@@ -1,0 +1,1 @@
+"""Prompts: corpora packed into windows, and tasks with clean and corrupted pairs."""
