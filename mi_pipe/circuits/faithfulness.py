@@ -147,7 +147,7 @@ def normalised_faithfulness(
     >>> normalised_faithfulness(np.array([1.0, 2.0]), np.array([2.0, 4.0]), np.array([0.0, 0.0]))
     0.5
     """
-    return float(recovered_fraction(metric.mean(), clean.mean(), corrupted.mean()))
+    return float(recovered_fraction(metric.mean(), clean.mean(), corrupted.mean())) + 0.0  # no negative zero
 
 
 def bootstrap_interval(

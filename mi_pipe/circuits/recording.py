@@ -16,6 +16,7 @@ from mi_pipe.circuits.parts import Block, Parts
 from mi_pipe.core.errors import StageError
 from mi_pipe.models.model import Edit, as_logits
 from mi_pipe.patching.metrics import logit_diff
+from mi_pipe.prompts.prompt_set import PairGroup
 
 _TOLERANCES = {torch.bfloat16: 0.1, torch.float16: 0.03}
 _TOLERANCE = 1e-3
@@ -34,9 +35,10 @@ class Pairs:
         """Return the number of pairs."""
         return self.clean.shape[0]
 
-    def to(self, device: torch.device) -> "Pairs":
-        """Return the pairs on a device."""
-        return Pairs(*(tensor.to(device) for tensor in (self.clean, self.corrupted, self.answer, self.wrong)))
+    @classmethod
+    def of(cls, group: PairGroup, device: torch.device) -> "Pairs":
+        """Put a group of pairs on a device."""
+        return cls(*(tensor.to(device) for tensor in (group.clean, group.corrupted, group.answer, group.wrong)))
 
     def rows(self, start: int, stop: int) -> "Pairs":
         """Return some of the pairs."""
