@@ -1,0 +1,164 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+import zarr
+
+import mi_pipe
+from mi_pipe.core.errors import ConfigError, PromptError
+from mi_pipe.core.stage import execute
+from mi_pipe.core.store import Store
+from mi_pipe.patching.effects import PatchEffects
+from stages.patch import STAGE, Inputs, PatchConfig
+from tests.patching.pairs import brute_force
+from tests.stages.toys import toy_corpus, toy_model, toy_task
+
+CONFIG = PatchConfig(max_pairs=5, device="cpu", batch_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def inputs(store) -> Inputs:
+    model = toy_model(store)
+    return Inputs(model=model, task=toy_task(store, model))
+
+
+@pytest.fixture(scope="module")
+def effects(store, inputs) -> PatchEffects:
+    found = mi_pipe.open(execute(STAGE, CONFIG, inputs, store).artifact.path)
+    assert isinstance(found, PatchEffects)
+    return found
+
+
+def test_effects_equal_brute_force_and_unmeasured_cells_are_nan(effects, inputs):
+    model = inputs.model.load("cpu")
+    dataset = effects.to_xarray()
+    assert effects.units == ["resid_pre", "attn_out", "head_out"]
+    assert "mlp_out" not in dataset
+    assert sorted(effects.pairs["pair"]) == [0, 1, 2, 3, 4]
+    assert len(effects.lengths) == 2, "pairs of two lengths"
+    for group in inputs.task.pair_groups():
+        rows = np.flatnonzero(np.isin(group.pairs, effects.pairs["pair"]))
+        for unit in effects.units:
+            wanted = brute_force(model, group, unit)[rows]
+            found = dataset[unit].sel(pair=group.pairs[rows]).to_numpy()
+            n = wanted.shape[-1]
+            np.testing.assert_allclose(found[:, :, :n], wanted, rtol=1e-5, atol=1e-5)
+            assert np.isnan(found[:, :, n:]).all()
+
+
+def test_recovered_is_the_ratio_of_means_over_the_pairs_that_have_the_cell(effects):
+    dataset = effects.to_xarray()
+    values = dataset["resid_pre"].to_numpy()
+    last = values.shape[2] - 1
+    have = ~np.isnan(values[:, 0, last])
+    assert 0 < have.sum() < len(have)
+    clean, corrupted = dataset["clean"].to_numpy()[have].mean(), dataset["corrupted"].to_numpy()[have].mean()
+    wanted = (values[have, 1, last].mean() - corrupted) / (clean - corrupted)
+    found = effects.recovered("resid_pre")
+    assert found.dims == ("layer", "pos")
+    assert float(found[1, last]) == pytest.approx(float(wanted), rel=1e-5)
+    one_length = effects.recovered("resid_pre", n_pos=effects.lengths[0])
+    assert one_length.sizes["pos"] == effects.lengths[0] == len(effects.labels(effects.lengths[0]))
+    assert effects.recovered("head_out").dims == ("layer", "head")
+
+
+def test_the_store_opens_with_plain_zarr_and_xarray(effects):
+    group = zarr.open_group(effects.path / "effects.zarr", mode="r")
+    assert group["resid_pre"].metadata.dimension_names == ("pair", "layer", "pos")
+    assert group["head_out"].metadata.dimension_names == ("pair", "layer", "head")
+    plain = xr.open_zarr(effects.path / "effects.zarr", consolidated=False)
+    assert plain.attrs["direction"] == "denoising"
+    assert plain.attrs["base_run"] == "corrupted"
+    assert plain.attrs["metric"] == "logit_diff"
+    assert plain["token_id"].dtype == np.int32
+    frame = effects.to_pandas("head_out")
+    assert list(frame.columns) == ["pair", "layer", "head", "value"]
+    assert len(frame) == 5 * 2 * 4
+
+
+def test_the_summary_names_engine_and_error(effects):
+    assert effects.summary["engine"] == "RestartEngine"
+    assert 0 <= effects.summary["engine_error"] < 1e-5
+    assert effects.summary["n_pairs"] == 5
+
+
+def test_noising_starts_from_the_clean_run(store, inputs):
+    config = CONFIG.model_copy(update={"direction": "noising", "units": ["attn_out"]})
+    found = PatchEffects(execute(STAGE, config, inputs, store).artifact.path)
+    assert found.units == ["attn_out"]
+    model, group = inputs.model.load("cpu"), inputs.task.pair_groups()[0]
+    rows = np.flatnonzero(np.isin(group.pairs, found.pairs["pair"]))
+    values = found.effects("attn_out", group.n_pos).to_numpy()
+    np.testing.assert_allclose(values, brute_force(model, group, "attn_out", "noising")[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_a_unit_that_was_not_patched_is_answered_with_those_that_were(effects):
+    with pytest.raises(ConfigError, match=r"no unit 'resid_pr'\. Did you mean 'resid_pre'"):
+        effects.effects("resid_pr")
+    with pytest.raises(ConfigError, match="no pair of 99 tokens"):
+        effects.recovered("resid_pre", n_pos=99)
+
+
+def test_a_corpus_is_refused_before_the_model_loads(store, inputs):
+    with pytest.raises(PromptError, match="without clean and corrupted pairs"):
+        execute(STAGE, CONFIG, Inputs(model=inputs.model, task=toy_corpus(store, inputs.model)), store)
+
+
+def test_prompts_of_another_models_tokenizer_are_refused(store, inputs):
+    small = toy_model(store, d_vocab=8)
+    with pytest.raises(PromptError, match="another model's tokenizer"):
+        execute(STAGE, CONFIG, Inputs(model=small, task=inputs.task), store)
+
+
+def test_prompts_longer_than_the_context_are_refused(store, inputs):
+    short = toy_model(store, n_ctx=4)
+    with pytest.raises(PromptError, match="the model's context is 4"):
+        execute(STAGE, CONFIG, Inputs(model=short, task=inputs.task), store)
+
+
+def test_a_killed_sweep_continues_and_ends_with_the_same_bytes(tmp_path, effects, store, inputs):
+    other = Store(tmp_path / "other")
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        import torch
+        from mi_pipe.core.progress import Progress
+        from mi_pipe.core.stage import execute
+        from mi_pipe.core.store import Store
+        from mi_pipe.models.trained import TrainedModel
+        from mi_pipe.prompts.prompt_set import PromptSet
+        from pathlib import Path
+        from stages.patch import STAGE, Inputs
+        from tests.stages.test_patch import CONFIG
+
+        torch.set_num_threads(1)
+        def kill(tick):
+            if tick.done >= 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+        inputs = Inputs(TrainedModel(Path(sys.argv[2])), PromptSet(Path(sys.argv[3])))
+        execute(STAGE, CONFIG, inputs, Store(Path(sys.argv[1])), Progress(kill, every_s=0))
+        """
+    )
+    command = [sys.executable, "-c", script, str(other.root), str(inputs.model.path), str(inputs.task.path)]
+    done = subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = execute(STAGE, CONFIG, inputs, other)
+    finally:
+        torch.set_num_threads(threads)
+    assert result.outcome == "Resumed"
+    assert result.artifact.digest == effects.digest
+    assert result.artifact.manifest.files.keys() == effects.manifest.files.keys()
