@@ -1,0 +1,80 @@
+"""The sparse code of a batch: which features are active in which row, and how strongly.
+
+It is a CSR matrix (batch, d_sae) kept as three flat tensors, because every product of a training step is
+then a sum over active entries only: decoding sums over a row's features, a weight gradient sums over a
+feature's rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """Active features of a batch, row after row; entries with value 0 may occur and count as inactive."""
+
+    row_starts: Int[Tensor, " rows_plus_one"]
+    """int32; row b holds entries row_starts[b] to row_starts[b + 1]."""
+    features: Int[Tensor, " entry"]
+    """int32 index of each entry's feature."""
+    values: Float[Tensor, " entry"]
+    """Activation of each entry, at least 0."""
+    d_sae: int
+
+    @classmethod
+    def from_rows(cls, features: Int[Tensor, "batch k"], values: Float[Tensor, "batch k"], d_sae: int) -> "SparseCode":
+        """Make a code with the same number of entries in every row."""
+        n_rows, k = features.shape
+        starts = torch.arange(0, n_rows * k + 1, k, dtype=torch.int32, device=features.device)
+        return cls(starts, features.reshape(-1).to(torch.int32), values.reshape(-1), d_sae)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows of the batch."""
+        return self.row_starts.shape[0] - 1
+
+    def with_values(self, values: Float[Tensor, " entry"]) -> "SparseCode":
+        """Return a code with the same entries and other values."""
+        return SparseCode(self.row_starts, self.features, values, self.d_sae)
+
+    def entry_rows(self) -> Int[Tensor, " entry"]:
+        """Return the row of each entry, int32."""
+        rows = torch.arange(self.n_rows, dtype=torch.int32, device=self.features.device)
+        return rows.repeat_interleave(self.row_starts.diff(), output_size=self.features.shape[0])
+
+    def n_active(self) -> Int[Tensor, ""]:
+        """Return the number of entries above 0."""
+        return torch.count_nonzero(self.values)
+
+    def fired(self) -> Bool[Tensor, " d_sae"]:
+        """Say of each feature whether any row has it above 0."""
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.features.device)
+        fired[self.features[self.values > 0].long()] = True
+        return fired
+
+    def dense(self) -> Float[Tensor, "batch d_sae"]:
+        """Return the code as a dense matrix (for tests and small batches)."""
+        out = self.values.new_zeros(self.n_rows, self.d_sae)
+        return out.index_put_((self.entry_rows().long(), self.features.long()), self.values, accumulate=True)
+
+    def by_feature(self) -> "FeatureOrder":
+        """Return the entries' order by feature: the transposed pattern."""
+        _, order = torch.sort(self.features, stable=True)
+        counts = torch.bincount(self.features, minlength=self.d_sae)
+        starts = torch.zeros(self.d_sae + 1, dtype=torch.int32, device=self.features.device)
+        starts[1:] = counts.cumsum(0)
+        return FeatureOrder(starts, self.entry_rows()[order], order)
+
+
+@dataclass(frozen=True)
+class FeatureOrder:
+    """The entries of a code sorted by feature."""
+
+    feature_starts: Int[Tensor, " features_plus_one"]
+    rows: Int[Tensor, " entry"]
+    """int32 row of each entry, in feature order."""
+    order: Int[Tensor, " entry"]
+    """Position in the code of each entry, in feature order."""

@@ -1,0 +1,102 @@
+"""How parameters move: Adam with a schedule, a clipped gradient, and a decoder that keeps rows of norm 1.
+
+Steps of one update: project each decoder row's gradient orthogonal to the row (a step along it would only be undone
+by the normalisation), clip the norm of all gradients together, Adam (fused), rescale decoder rows to norm 1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mi_pipe.saes.gradients import Parameters
+
+_REFERENCE_LR = 2e-4
+_REFERENCE_WIDTH = 2**14
+_BETAS = (0.9, 0.999)
+
+
+def default_lr(d_sae: int) -> float:
+    """Return 2e-4 / √(d_sae / 2^14), the rule of Gao et al. 2024 as sparsify and dictionary_learning use it.
+
+    >>> default_lr(2**14)
+    0.0002
+    """
+    return _REFERENCE_LR / math.sqrt(d_sae / _REFERENCE_WIDTH)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate by step: linear warm-up, constant, linear decay to zero at the end."""
+
+    peak: float
+    n_steps: int
+    warmup_steps: int
+    decay_steps: int
+
+    @classmethod
+    def of_budget(
+        cls, peak: float, n_steps: int, warmup_steps: int, warmup_fraction: float, decay_fraction: float
+    ) -> "Schedule":
+        """Warm up for `warmup_steps`, or a fraction of all steps where that is less."""
+        warmup = min(warmup_steps, int(warmup_fraction * n_steps))
+        return cls(peak, n_steps, warmup, int(decay_fraction * n_steps))
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        rise = (step + 1) / self.warmup_steps if step < self.warmup_steps else 1.0
+        left = self.n_steps - step
+        fall = left / self.decay_steps if left < self.decay_steps else 1.0
+        return self.peak * min(rise, fall)
+
+
+class Optimiser:
+    """Adam over one SAE's parameters."""
+
+    def __init__(self, params: Parameters, schedule: Schedule, clip_norm: float) -> None:
+        """Start with zero moments."""
+        self._params = params
+        self._schedule = schedule
+        self._clip_norm = clip_norm
+        self._adam = torch.optim.Adam(list(params.named().values()), lr=schedule.peak, betas=_BETAS, fused=True)
+
+    def step(self, gradients: Parameters, step: int) -> tuple[float, float]:
+        """Update the parameters in place; return the gradients' norm before clipping, and the learning rate."""
+        W_dec = self._params.W_dec  # noqa: N806 (the field's name)
+        along = torch.linalg.vecdot(gradients.W_dec, W_dec)
+        gradients.W_dec.addcmul_(along[:, None], W_dec, value=-1)
+        grads = list(gradients.named().values())
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if norm > self._clip_norm:
+            for grad in grads:
+                grad.mul_(self._clip_norm / norm)
+        lr = self._schedule.lr(step)
+        self._adam.param_groups[0]["lr"] = lr
+        for param, grad in zip(self._params.named().values(), grads, strict=True):
+            param.grad = grad
+        self._adam.step()
+        self._adam.zero_grad()
+        unit_rows_(W_dec)
+        return norm, lr
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the moments and step counts by name."""
+        return {
+            f"{name}.{key}": self._adam.state[param][key]
+            for name, param in self._params.named().items()
+            for key in ("exp_avg", "exp_avg_sq", "step")
+            if param in self._adam.state
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from saved moments."""
+        for name, param in self._params.named().items():
+            self._adam.state[param] = {
+                key: state[f"{name}.{key}"].to(param.device) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+
+def unit_rows_(matrix: Tensor) -> None:
+    """Scale the rows of a matrix to norm 1, in place."""
+    matrix.div_(torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp_min_(torch.finfo(matrix.dtype).tiny))
