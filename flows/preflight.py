@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from flows.diagram import Step, diagram
 from flows.planning import Intent, plan
 from flows.recipe import Recipe, load_recipe
+from mi_pipe.activations.hook_selection import select_hooks
 from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import ModelHandle
 from mi_pipe.models.hook_points import HookMap
 from mi_pipe.models.source import source_hooks
 from mi_pipe.models.trained import native_module, wrap_native
-from stages import harvest
-from stages.train_model import model_fields
 
 _LOOKS_AT_HOOKS = ("harvest", "train_saes")
 
@@ -44,7 +43,7 @@ def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
 def _check_hooks(recipe: Recipe, steps: list[Step]) -> None:
     """Raise HookPointError or ConfigError for what would fail only after hours."""
     assert recipe.harvest is not None, "a step that looks at hooks has a harvest section"
-    harvested = harvest.hook_names(recipe.harvest, _hooks(recipe, steps))
+    harvested = [site.name for site in select_hooks(recipe.harvest.hooks, _hooks(recipe, steps))]
     for hook in (recipe.saes.hooks if recipe.saes else None) or ():
         if hook not in harvested:
             raise ConfigError(
@@ -54,6 +53,6 @@ def _check_hooks(recipe: Recipe, steps: list[Step]) -> None:
 
 def _hooks(recipe: Recipe, steps: list[Step]) -> HookMap:
     if recipe.train_model:
-        return wrap_native(native_module(model_fields(recipe.train_model))).hooks
+        return wrap_native(native_module(recipe.train_model.model.native_fields(recipe.train_model.seed))).hooks
     handle = next(source for step in steps for _, source in step.sources() if isinstance(source, ModelHandle))
     return source_hooks(handle)[0]

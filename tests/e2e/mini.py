@@ -11,13 +11,14 @@ from mi_pipe.core.store import Store
 MINI = [
     "train_model.n_steps=60",
     "train_model.checkpoint_every=20",
-    "prompts.n_sequences=256",
+    "prompts.n_prompts=256",
     "tasks.induction.n_pairs=4",
     "harvest.shard_rows=4096",
     "saes.n_tokens=40_000",
     "saes.d_sae=64",
     "saes.batch_rows=256",
-    "saes.checkpoint_every=20",
+    "saes.log_steps=20",
+    "saes.checkpoint_s=0",
 ]
 
 
