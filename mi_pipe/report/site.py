@@ -1,0 +1,71 @@
+"""The site: which pages a list of artifacts makes, and the read side of a finished report."""
+
+import webbrowser
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mi_pipe.core.artifact import Artifact
+from mi_pipe.report import activations, attention, circuit, features, heads, model, overview, patching, prompts, saes
+from mi_pipe.report.claims import Verdict
+from mi_pipe.report.page import Page, PagePlan
+
+INDEX = "index.html"
+
+
+class Report(Artifact):
+    """A finished report: a folder of pages that opens from disk and asks nothing of the network."""
+
+    @property
+    def index(self) -> Path:
+        """Path of the first page."""
+        return self.file(INDEX)
+
+    @property
+    def pages(self) -> list[str]:
+        """Names of the HTML files, the first page first."""
+        names = sorted(name for name in self.manifest.files if name.endswith(".html") and "/" not in name)
+        return sorted(names, key=lambda name: name != INDEX)
+
+    @property
+    def claims(self) -> pd.DataFrame:
+        """Claims, measured values and whether each holds."""
+        return pd.DataFrame(self.read_json("report.json")["claims"])
+
+    def open(self) -> bool:
+        """Show the report in the reader's browser; False if there is none."""
+        return webbrowser.open(self.index.as_uri())
+
+
+def page_plans(
+    artifacts: Sequence[Artifact],
+    verdicts: Sequence[Verdict],
+    recipe: overview.Recipe,
+    n_features: int,
+    n_prompts: int,
+) -> list[PagePlan]:
+    """Return the pages that these artifacts make, in the order of the navigation.
+
+    `n_features` dashboards an SAE in the browser; `n_prompts` prompts of each set in samples and attention viewer.
+    """
+    ordered = overview.in_pipeline_order(artifacts)
+    makers: list[tuple[str, str, str, Callable[[Any], Page]]] = [
+        ("train_model", "model", "Model", model.page),
+        ("generate_prompts", "prompts", "Prompts", partial(prompts.page, n_samples=n_prompts)),
+        ("harvest", "activations", "Activations", activations.page),
+        ("train_saes", "saes", "SAEs", saes.page),
+        ("score_features", "features", "Features", partial(features.page, n_features=n_features)),
+        ("heads", "heads", "Heads", heads.page),
+        ("heads", "attention", "Attention", partial(attention.page, n_prompts=n_prompts)),
+        ("patch", "patching", "Patching", patching.page),
+        ("circuits", "circuit", "Circuits", circuit.page),
+    ]
+    first = partial(overview.page, ordered, verdicts, recipe)
+    plans = [PagePlan("index", "Overview", first, volatile=True)]
+    for stage, slug, title, make in makers:
+        if found := [artifact for artifact in ordered if artifact.manifest.stage == stage]:
+            plans.append(PagePlan(slug, title, partial(make, found)))
+    return plans
