@@ -10,8 +10,9 @@ quiet()
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
-from prefect import Flow, flow  # noqa: E402 (Prefect reads its settings when it is imported)
-from prefect.states import Failed, State  # noqa: E402
+from prefect import Flow  # noqa: E402 (Prefect reads its settings when it is imported)
+from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.states import Failed  # noqa: E402
 
 from flows.preflight import prepare  # noqa: E402
 from flows.recipe import DEFAULT_RECIPE  # noqa: E402
@@ -41,7 +42,7 @@ def make_flow(on_end: Callable[[list[StepReport]], Any]) -> Flow[Any, Any]:
         told = "; ".join(f"{report.step.label}: {report.message}" for report in failed)
         return Failed(message=f"{len(failed)} of {len(reports)} steps failed. {told}")
 
-    return flow(pipeline, name="mi-pipe", flow_run_name="{recipe}", persist_result=False)
+    return Flow(pipeline, name="mi-pipe", flow_run_name="{recipe}", persist_result=False)
 
 
 pipeline = make_flow(lambda _reports: None)
@@ -50,7 +51,7 @@ pipeline = make_flow(lambda _reports: None)
 def run_in_flow(recipe: str, overrides: list[str], store: str | None, wait: bool) -> list[StepReport]:
     """Run a recipe in this process as a Prefect flow and return how each step ended."""
     collected: list[StepReport] = []
-    state = make_flow(collected.extend)(recipe, overrides, store, wait, return_state=True)
+    state: Any = make_flow(collected.extend)(recipe, overrides, store, wait, return_state=True)
     if not collected:
         state.result(raise_on_failure=True)
     return collected

@@ -7,10 +7,11 @@ only that a result file exists), and results stay in the store, never in Prefect
 import time
 from typing import Any
 
-from prefect import task
+from prefect import Task
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, Failed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 
 from flows.diagram import Step
@@ -35,7 +36,7 @@ def run_as_task(step: Step, store: Store, screen: Screen, wait: bool) -> StepRep
         return Completed(name=report.outcome, message=f"{report.result.artifact.id} in {report.seconds:.1f} s")
 
     screen.begin(step.label)
-    runner = task(body, name=step.stage.name, task_run_name=step.label, cache_policy=NO_CACHE, persist_result=False)
+    runner = Task(body, name=step.stage.name, task_run_name=step.label, cache_policy=NO_CACHE, persist_result=False)
     runner(quote(step), return_state=True)
     return reports[-1]
 
