@@ -28,6 +28,11 @@ class TokenMap:
     row_of_token: Int64[np.ndarray, " token"]
     """NOT_SCORED where the token's activation was not stored, or was left out as massive."""
 
+    @property
+    def n_scored(self) -> int:
+        """Number of rows that were encoded."""
+        return int((self.row_of_token != NOT_SCORED).sum())
+
     @classmethod
     def build(
         cls,

@@ -15,7 +15,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int, Int8, Int32, Int64, UInt64
+from jaxtyping import Bool, Float32, Int, Int8, Int32, Int64, UInt64
 
 from mi_pipe.features.firings import Firings
 
@@ -47,11 +47,17 @@ def choose_examples(
     n_quantiles: int,
     n_per_quantile: int,
     seed: int,
+    wanted: Bool[np.ndarray, " feature"] | None = None,
 ) -> Examples:
-    """Choose the examples of every feature; `prompt_of_row` is indexed by the firings' rows."""
+    """Choose the examples of every feature, or of those `wanted` (indexed by feature from 0).
+
+    `prompt_of_row` is indexed by the firings' rows.
+    """
     chosen: list[np.ndarray] = []
     sizes: list[tuple[int, int, int]] = []
     for feature in range(firings.first_feature, firings.first_feature + firings.n_features):
+        if wanted is not None and not wanted[feature]:
+            continue
         own = firings.of(feature)
         row, activation = firings.row[own], firings.activation[own]
         order = strongest_first(activation)
@@ -123,6 +129,16 @@ def random_keys(seed: int, feature: int, row: Int[np.ndarray, " firing"]) -> UIn
     """Return the sampling key of each row: mix(mix(mix(seed) + feature) + row) in 64-bit arithmetic."""
     start = np.array([seed % (1 << 64)], np.uint64)
     return _mix(_mix(_mix(start) + np.uint64(feature)) + row.astype(np.uint64))
+
+
+def sampled_features(d_sae: int, n_features: int | None, seed: int) -> Bool[np.ndarray, " feature"]:
+    """Say which features get examples: all, or the `n_features` with the least mix(mix(seed) + feature)."""
+    chosen = np.ones(d_sae, bool)
+    if n_features is not None and n_features < d_sae:
+        start = _mix(np.array([seed % (1 << 64)], np.uint64))
+        keys = _mix(start + np.arange(d_sae, dtype=np.uint64))
+        chosen[np.argsort(keys)[n_features:]] = False
+    return chosen
 
 
 def _mix(value: np.ndarray) -> np.ndarray:

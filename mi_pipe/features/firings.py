@@ -2,7 +2,7 @@
 
 A feature fires on a row when its activation is above zero. Of the (row, feature) matrix only these entries are
 kept, sorted by feature and then by row, so that everything about one feature is one slice. Encoding goes
-through the SAE in pieces of at most `DENSE_ENTRIES` entries; no larger dense array ever exists. The pieces
+through the SAE in pieces of at most `DENSE_ENTRIES` pre-activations; no larger dense array ever exists. The pieces
 depend on d_sae alone, so that the same rows give the same bits in every run.
 """
 
@@ -14,10 +14,13 @@ import torch
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
+from mi_pipe.saes.code import SparseCode
+
 DENSE_ENTRIES = 1 << 24
 """Largest dense (row, feature) piece: 64 MiB in float32."""
 
-Encoder = Callable[[Tensor], Tensor]
+Encoder = Callable[[Tensor], SparseCode]
+"""From float32 rows (row, d_in) to their sparse code; `SAE.encode_sparse` is one."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def encode_rows(
 ) -> Firings:
     """Encode rows of activations and return where each of the `d_sae` features fires.
 
-    `rows` are the row numbers in the store, ascending. `encode` maps (rows, d_in) float32 to (rows, d_sae).
+    `rows` are the row numbers in the store, ascending.
     """
     found = [_fired(encode, piece, device) for piece in _pieces(activations, piece_rows(d_sae))]
     starts = np.cumsum([0, *(piece_rows(d_sae) for _ in found)])
@@ -98,11 +101,10 @@ def _fired(
     encode: Encoder, activations: np.ndarray, device: torch.device | str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return row within the piece, feature and activation of each firing, by row and then by feature."""
-    latents = encode(torch.from_numpy(activations).to(device)).float()
-    row, feature = latents.nonzero(as_tuple=True)
-    activation = latents[row, feature]
-    kept = activation > 0
-    return row[kept].cpu().numpy(), feature[kept].cpu().numpy(), activation[kept].cpu().numpy()
+    code = encode(torch.from_numpy(activations).to(device))
+    fires = code.values > 0
+    row, feature = code.entry_rows()[fires], code.features[fires]
+    return row.long().cpu().numpy(), feature.long().cpu().numpy(), code.values[fires].float().cpu().numpy()
 
 
 def _by_feature(feature: np.ndarray, d_sae: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from mi_pipe.core.atomic import atomic_path
 from mi_pipe.features.firings import Firings, joined, starts_of
 
-BLOCK_ROWS = 1 << 16
+BLOCK_ROWS = 1 << 15
 """Rows of the activation store in one file."""
 MAX_FIRINGS = 1 << 23
 """Firings scored at once."""

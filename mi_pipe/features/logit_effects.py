@@ -14,6 +14,7 @@ The norm's w and C are measured by calling it, so that every architecture's own 
 1 + weight, norms without weights, no norm at all).
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,21 @@ _PROBE_SIZE = 1024.0
 _TOLERANCE = 3e-2
 """Relative; wide enough for a norm in bfloat16."""
 _MIN_WIDTH = 3
+
+
+_RESIDUAL_HOOK = re.compile(
+    r"(blocks\.\d+\.(hook_(resid_(pre|mid|post)|attn_out|mlp_out|in|out)|(attn|mlp)\.hook_out)"
+    r"|hook_(pos_)?embed|(pos_)?embed\.hook_out)"
+)
+
+
+def writes_to_residual(hook: str) -> bool:
+    """Say whether the values at a hook point are in the residual stream's basis, so that they reach the logits.
+
+    >>> writes_to_residual("blocks.3.hook_mlp_out"), writes_to_residual("blocks.3.attn.hook_z")
+    (True, False)
+    """
+    return _RESIDUAL_HOOK.fullmatch(hook) is not None
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,7 @@ def logit_effects(
     step = max(1, EFFECT_ENTRIES // unembedding.shape[1])
     matrix = unembedding.float()
     parts: list[list[np.ndarray]] = []
-    for start in range(0, len(directions), step):
+    for start in range(0, max(len(directions), 1), step):
         effect = norm.apply(directions[start : start + step].to(matrix)) @ matrix
         high, low = effect.topk(n_tokens), effect.topk(n_tokens, largest=False)
         parts.append([part.cpu().numpy() for part in (high.indices, high.values, low.indices, low.values)])

@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mi_pipe.saes.architecture import InferenceRule
+from mi_pipe.saes.code import SparseCode
+from mi_pipe.saes.kernels import top_k_rows
 
 
 class SAE(nn.Module):
@@ -72,6 +74,19 @@ class SAE(nn.Module):
             return torch.zeros_like(pre).scatter_(-1, features, values.relu())
         assert self.threshold is not None, "a threshold rule has a threshold"
         return torch.where(pre > self.threshold, pre, 0.0).relu()
+
+    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return the same activations as `encode`, as a sparse code by row: faster where few features fire."""
+        pre = torch.addmm(self.b_enc, x.to(self.dtype) - self.b_dec, self.W_enc)
+        if self.rule == "topk":
+            assert self.k is not None, "a topk rule has k"
+            values, features = top_k_rows(pre, self.k)
+            return SparseCode.from_rows(features, values.relu_(), self.d_sae)
+        assert self.threshold is not None, "a threshold rule has a threshold"
+        row, feature = (pre > self.threshold.clamp_min(0)).nonzero(as_tuple=True)
+        starts = torch.zeros(len(pre) + 1, dtype=torch.int32, device=pre.device)
+        starts[1:] = torch.bincount(row, minlength=len(pre)).cumsum(0)
+        return SparseCode(starts, feature.to(torch.int32), pre[row, feature], self.d_sae)
 
     def decode(self, z: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Return the reconstruction from feature activations."""

@@ -1,14 +1,23 @@
 """Firings made from a dense (row, feature) matrix, the plain form that tests compare with."""
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
 from mi_pipe.features.firings import Firings, starts_of
+from mi_pipe.saes.code import SparseCode
 
 
 def firings_of(dense, first_feature=0):
     feature, row = np.nonzero(dense.T > 0)
     return Firings(first_feature, starts_of(feature, dense.shape[1]), row, dense[row, feature].astype(np.float32))
+
+
+def code_of(dense):
+    """An encoder that leaves rows as they are: the sparse code of a dense matrix, zeros and all."""
+    n_rows, d_sae = dense.shape
+    features = torch.arange(d_sae, dtype=torch.int32).expand(n_rows, d_sae)
+    return SparseCode.from_rows(features, dense, d_sae)
 
 
 def sparse_matrix(n_rows, n_features, share, seed, n_levels=None):

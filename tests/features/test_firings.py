@@ -8,11 +8,7 @@ from hypothesis import strategies as st
 
 from mi_pipe.features import firings as firings_module
 from mi_pipe.features.firings import encode_rows, joined, piece_rows
-from tests.features.dense_firings import firings_of, matrices, sparse_matrix
-
-
-def identity(x):
-    return x
+from tests.features.dense_firings import code_of, firings_of, matrices, sparse_matrix
 
 
 def assert_same(found, expected):
@@ -26,7 +22,7 @@ def assert_same(found, expected):
 @given(matrices)
 def test_encoding_in_pieces_finds_every_positive_entry_of_the_dense_matrix(dense):
     rows = np.arange(len(dense)) * 3 + 5
-    found = encode_rows(identity, dense.shape[1], dense, rows)
+    found = encode_rows(code_of, dense.shape[1], dense, rows)
     expected = firings_of(dense)
     np.testing.assert_array_equal(found.starts, expected.starts)
     np.testing.assert_array_equal(found.row, rows[expected.row])
@@ -39,7 +35,7 @@ def test_pieces_are_bounded_and_do_not_change_the_result(monkeypatch):
 
     def watching(x):
         seen.append(len(x))
-        return x
+        return code_of(x)
 
     monkeypatch.setattr(firings_module, "DENSE_ENTRIES", 6 * 32)
     found = encode_rows(watching, 6, dense, np.arange(200))
@@ -54,7 +50,7 @@ def test_a_piece_never_exceeds_the_dense_bound():
 
 
 def test_negative_latents_are_no_firings():
-    found = encode_rows(identity, 2, np.array([[-1.0, 2.0]], np.float32), np.array([4]))
+    found = encode_rows(code_of, 2, np.array([[-1.0, 2.0]], np.float32), np.array([4]))
     assert found.counts.tolist() == [0, 1]
     assert found.row.tolist() == [4]
 
@@ -71,7 +67,7 @@ def test_joined_row_ranges_equal_the_whole(dense, cuts):
     bounds = [0, *sorted(min(cut, len(dense)) for cut in cuts), len(dense)]
     parts = []
     for start, stop in itertools.pairwise(bounds):
-        parts.append(encode_rows(identity, dense.shape[1], dense[start:stop], np.arange(start, stop)))
+        parts.append(encode_rows(code_of, dense.shape[1], dense[start:stop], np.arange(start, stop)))
     assert_same(joined(parts), firings_of(dense))
 
 
@@ -86,6 +82,6 @@ def test_the_slice_of_a_feature_counts_from_the_first_feature():
 def test_wide_dictionaries_are_sorted_by_feature(d_sae):
     dense = torch.zeros(5, d_sae)
     dense[[0, 1, 2, 4], [69_999, 3, 66_000, 3]] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    found = encode_rows(identity, d_sae, dense.numpy(), np.arange(5))
+    found = encode_rows(code_of, d_sae, dense.numpy(), np.arange(5))
     assert found.feature.tolist() == [3, 3, 66_000, 69_999]
     assert found.row.tolist() == [1, 4, 2, 0]

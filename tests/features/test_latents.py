@@ -5,7 +5,7 @@ import pytest
 from mi_pipe.features import latents
 from mi_pipe.features.firings import encode_rows
 from mi_pipe.features.latents import block_ranges, feature_counts, feature_ranges, read_latents, write_latents
-from tests.features.dense_firings import firings_of, sparse_matrix
+from tests.features.dense_firings import code_of, firings_of, sparse_matrix
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def blocks(tmp_path, monkeypatch):
     paths = []
     for block, (start, stop) in enumerate(block_ranges(len(dense))):
         paths.append(tmp_path / latents.block_name(block))
-        write_latents(paths[-1], encode_rows(lambda x: x, 20, dense[start:stop], np.arange(start, stop)))
+        write_latents(paths[-1], encode_rows(code_of, 20, dense[start:stop], np.arange(start, stop)))
     return dense, paths
 
 

@@ -1,0 +1,292 @@
+"""What the features of SAEs are: how often and how strongly they fire, on what text, and which tokens they promote.
+
+Steps, each resumable:
+1. Encode every stored row once (massive rows left out) and write the firings, sparse, a block of rows a unit.
+2. Score the features from their firings, a range of features a unit: density, histograms, examples in context.
+3. The direct effect of every decoder direction on the logits.
+4. Join the parts into tables.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field
+
+from mi_pipe.activations.store import ActivationStore
+from mi_pipe.core.config import Config, Execution
+from mi_pipe.core.errors import ConfigError
+from mi_pipe.core.manifest import Scalar
+from mi_pipe.core.stage import Estimate, Stage
+from mi_pipe.core.workspace import Workspace
+from mi_pipe.features import feature_set as files
+from mi_pipe.features.contexts import TokenMap
+from mi_pipe.features.firings import encode_rows
+from mi_pipe.features.latents import (
+    block_name,
+    block_ranges,
+    feature_counts,
+    feature_ranges,
+    read_latents,
+    write_latents,
+)
+from mi_pipe.features.logit_effects import fold_norm, logit_effects, writes_to_residual
+from mi_pipe.features.parts import Parts
+from mi_pipe.features.scoring import Scoring, score_range
+from mi_pipe.features.tables import effect_frame, feature_frame, sae_row
+from mi_pipe.models.device import pick_device
+from mi_pipe.models.source import ModelSource, load_source, source_vocabulary
+from mi_pipe.prompts.prompt_set import PromptSet
+from mi_pipe.saes.sae import SAE
+from mi_pipe.saes.sae_set import SAESet
+
+_FIRING_BYTES = 6
+"""Bytes of a firing on disk; measured 5.3."""
+_EXAMPLE_BYTES = 60
+_TOKEN_BYTES = 4
+"""Bytes an example takes, and each token of its window more."""
+
+
+class ScoreFeaturesConfig(Config):
+    """How features are scored."""
+
+    n_top: int = Field(20, ge=1, le=1000)
+    """Strongest examples of a feature, at most one a prompt."""
+    n_quantiles: int = Field(5, ge=0, le=100)
+    """Groups of equal size into which a feature's firings are cut by strength; q0 is the weakest."""
+    n_per_quantile: int = Field(5, ge=1, le=1000)
+    """Examples drawn at random from each of these groups."""
+    context_before: int = Field(20, ge=0, le=4096)
+    """Tokens shown before the one on which the feature fires."""
+    context_after: int = Field(10, ge=0, le=4096)
+    """Tokens shown after it."""
+    n_example_features: int | None = Field(None, ge=1)
+    """Features of an SAE that get examples, drawn at random; empty means all."""
+    n_bins: int = Field(40, ge=1, le=1000)
+    """Bins of the histogram of a feature's activations."""
+    n_logits: int = Field(10, ge=1, le=1000)
+    """Tokens listed as promoted, and as many as suppressed, by a feature."""
+    seed: int = Field(0, ge=0)
+    """Decides the random examples."""
+    keep_latents: bool = True
+    """Whether every firing is published too (about 5 bytes each), as Parquet readable by feature."""
+    device: Annotated[str, Execution()] = "auto"
+    """Where to compute: auto, cuda, mps or cpu."""
+
+    @property
+    def scoring(self) -> Scoring:
+        """The fields that decide how firings are scored."""
+        return Scoring(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Scoring)})
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is scored, and on what."""
+
+    model: ModelSource
+    prompts: PromptSet
+    activations: ActivationStore
+    saes: SAESet
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One SAE as far as its config says."""
+
+    name: str
+    hook: str
+    d_in: int
+    d_sae: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run: what is asked, and what is done."""
+
+    config: ScoreFeaturesConfig
+    inputs: Inputs
+    saes: list[_Scored]
+    work: Workspace
+
+    @property
+    def hooks(self) -> list[str]:
+        return list(dict.fromkeys(sae.hook for sae in self.saes))
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.work.scratch / "parts")
+
+    @property
+    def n_units(self) -> int:
+        return _n_units(self.saes, self.inputs)
+
+    def of_hook(self, hook: str) -> list[_Scored]:
+        return [sae for sae in self.saes if sae.hook == hook]
+
+    def latent_path(self, sae: _Scored, block: int) -> Path:
+        name = f"{files.LATENTS_FOLDER}/{sae.name}/{block_name(block)}"
+        return self.work.path(name) if self.config.keep_latents else self.work.scratch / name
+
+    def latent_paths(self, sae: _Scored) -> list[Path]:
+        return [self.latent_path(sae, block) for block in range(len(block_ranges(self.inputs.activations.n_rows)))]
+
+    def is_done(self, step: str, sae: _Scored, part: int) -> bool:
+        return f"{step} {sae.name} {part}" in self.work.ledger
+
+    def mark(self, step: str, sae: _Scored, part: int, note: str) -> None:
+        ledger = self.work.ledger
+        ledger.mark(f"{step} {sae.name} {part}")
+        self.work.progress.update(ledger.n_done, ledger.n_total or ledger.n_done, "units", note)
+
+
+def _n_units(saes: list[_Scored], inputs: Inputs) -> int:
+    """Count blocks to encode, and for each SAE one range of features (there may be more) and its effects."""
+    return len(saes) * (len(block_ranges(inputs.activations.n_rows)) + 2)
+
+
+def estimate(config: ScoreFeaturesConfig, inputs: Inputs) -> Estimate:
+    """Return bytes from the SAEs' sizes and sparsity; units are those of the ledger, as far as known before."""
+    saes = _checked_saes(config, inputs)
+    l0 = dict(zip(inputs.saes.names, inputs.saes.evaluation["l0"].to_numpy(float), strict=True))
+    n_examples = config.n_top + config.n_quantiles * config.n_per_quantile
+    example_bytes = _EXAMPLE_BYTES + _TOKEN_BYTES * (config.context_before + config.context_after + 1)
+    size = 0.0
+    for sae in saes:
+        size += inputs.activations.n_rows * l0[sae.name] * _FIRING_BYTES
+        # Examples lie in parts first and are then joined.
+        size += 2 * min(config.n_example_features or sae.d_sae, sae.d_sae) * n_examples * example_bytes
+        size += sae.d_sae * (4 * 2 * config.n_bins * 2 + 20 * 2 * config.n_logits)
+    return Estimate(int(size), _n_units(saes, inputs), "blocks")
+
+
+def run(config: ScoreFeaturesConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
+    """Score the features; raises as `_checked_saes` does, before anything is computed."""
+    saes = _checked_saes(config, inputs)
+    job = _Job(config, inputs, saes, work)
+    work.ledger.expect(job.n_units)
+    _encode(job)
+    firsts = _score(job)
+    _effects(job)
+    return _assemble(job, firsts)
+
+
+def _checked_saes(config: ScoreFeaturesConfig, inputs: Inputs) -> list[_Scored]:
+    """Return the SAEs; raises ConfigError if they, the activations and the prompts do not belong together."""
+    pick_device(config.device)
+    store = inputs.activations
+    if (made_of := store.inputs.get("prompts")) is not None and made_of.id != inputs.prompts.id:
+        raise ConfigError(f"The activations {store.id} were harvested on {made_of.id}, not on {inputs.prompts.id}.")
+    configs = {name: inputs.saes.config_of(name) for name in inputs.saes.names}
+    saes = [_Scored(name, entry["hook"], entry["d_in"], entry["d_sae"]) for name, entry in configs.items()]
+    for sae in saes:
+        if sae.hook not in store.hooks:
+            raise ConfigError(
+                f"The SAE {sae.name} reads {sae.hook}, which {store.id} does not hold: it has {', '.join(store.hooks)}."
+            )
+        if sae.d_in != store.width(sae.hook):
+            raise ConfigError(
+                f"The SAE {sae.name} reads vectors of width {sae.d_in}; {sae.hook} in {store.id} has "
+                f"{store.width(sae.hook)}."
+            )
+    return saes
+
+
+def _encode(job: _Job) -> None:
+    """Step 1: each block of a hook point is read once and encoded by all its SAEs."""
+    device = pick_device(job.config.device)
+    store = job.inputs.activations
+    for hook in job.hooks:
+        is_scored = ~store.massive(hook)
+        loaded: dict[str, SAE] = {}
+        for block, (start, stop) in enumerate(block_ranges(store.n_rows)):
+            todo = [sae for sae in job.of_hook(hook) if not job.is_done("encode", sae, block)]
+            if not todo:
+                continue
+            kept = is_scored[start:stop]
+            values = store.read_rows(hook, start, stop)[kept]
+            for sae in todo:
+                if sae.name not in loaded:
+                    loaded[sae.name] = job.inputs.saes[sae.name].to(device)
+                encode = loaded[sae.name].encode_sparse
+                firings = encode_rows(encode, sae.d_sae, values, start + np.flatnonzero(kept), device)
+                write_latents(job.latent_path(sae, block), firings)
+                job.mark("encode", sae, block, f"{sae.name}: {stop:,} rows encoded")
+
+
+def _score(job: _Job) -> dict[str, list[int]]:
+    """Step 2: a range of features at a time, over all rows; returns where each SAE's ranges begin."""
+    ranges = {sae.name: list(feature_ranges(feature_counts(job.latent_paths(sae), sae.d_sae))) for sae in job.saes}
+    job.work.ledger.expect(job.n_units + sum(len(parts) - 1 for parts in ranges.values()))
+    text = source_vocabulary(job.inputs.model).text
+    for hook in job.hooks:
+        tokens: TokenMap | None = None
+        for sae in job.of_hook(hook):
+            for first, last in ranges[sae.name]:
+                if not job.is_done("score", sae, first):
+                    tokens = tokens or _token_map(job.inputs, hook)
+                    firings = read_latents(job.latent_paths(sae), first, last)
+                    found = score_range(job.config.scoring, sae.name, sae.d_sae, firings, tokens, text)
+                    job.parts.write_range(sae.name, first, *found)
+                    job.mark("score", sae, first, f"{sae.name}: features up to {last:,} scored")
+    return {name: [first for first, _ in parts] for name, parts in ranges.items()}
+
+
+def _token_map(inputs: Inputs, hook: str) -> TokenMap:
+    table = inputs.activations.table(["prompt_idx", "pos"])
+    return TokenMap.build(
+        inputs.prompts.token_ids,
+        inputs.prompts.offsets,
+        table["prompt_idx"].to_numpy(),
+        table["pos"].to_numpy(),
+        ~inputs.activations.massive(hook),
+    )
+
+
+def _effects(job: _Job) -> None:
+    """Step 3: SAEs whose decoder does not write into the residual stream have no direct effect on the logits."""
+    todo = [sae for sae in job.saes if not job.is_done("effects", sae, 0)]
+    if not todo:
+        return
+    model = load_source(job.inputs.model, job.config.device)
+    norm = fold_norm(model.final_norm, model.info.d_model, model.W_U)
+    for sae in todo:
+        directions = job.inputs.saes[sae.name].W_dec.data if writes_to_residual(sae.hook) else torch.zeros(0, 1)
+        effects = logit_effects(directions, norm, model.W_U, job.config.n_logits)
+        job.parts.write_effects(sae.name, effect_frame(sae.name, effects, model.vocabulary.text))
+        job.mark("effects", sae, 0, f"{sae.name}: logit effects")
+
+
+def _assemble(job: _Job, firsts: dict[str, list[int]]) -> dict[str, Scalar]:
+    """Step 4: the tables, from the parts; short enough to be done again whole after a kill."""
+    figures = {sae: job.parts.figures(sae.name, firsts[sae.name]) for sae in job.saes}
+    features = pd.concat([feature_frame(sae.name, part.density) for sae, part in figures.items()], ignore_index=True)
+    n_massive = {sae: int(job.inputs.activations.massive(sae.hook).sum()) for sae in job.saes}
+    n_rows = job.inputs.activations.n_rows
+    saes = [
+        sae_row(sae.name, sae.hook, part.density, n_rows - n_massive[sae], n_massive[sae])
+        for sae, part in figures.items()
+    ]
+    histograms = {f"{sae.name}.counts": torch.from_numpy(part.counts) for sae, part in figures.items()}
+    histograms |= {f"{sae.name}.edges": torch.from_numpy(part.edges) for sae, part in figures.items()}
+    job.work.write_table(files.FEATURES_FILE, features)
+    job.work.write_table(files.SAES_FILE, pd.DataFrame(saes))
+    job.work.write_tensors(files.HISTOGRAMS_FILE, histograms)
+    job.work.write_table(files.EFFECTS_FILE, job.parts.effects([sae.name for sae in job.saes]))
+    n_examples = job.parts.join_examples(job.work.path(files.EXAMPLES_FILE), firsts)
+    density = np.concatenate([part.density.density for part in figures.values()])
+    return {
+        "saes": len(saes),
+        "features": len(features),
+        "rows": n_rows,
+        "firings": sum(int(part.density.n_firings.sum()) for part in figures.values()),
+        "dead_fraction": float((density == 0).mean()),
+        "median_density": float(np.median(density[density > 0])) if density.any() else 0.0,
+        "examples": n_examples,
+    }
+
+
+STAGE = Stage(name="score_features", version=1, config=ScoreFeaturesConfig, inputs=Inputs, run=run, estimate=estimate)
