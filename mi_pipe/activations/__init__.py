@@ -1,0 +1,1 @@
+"""Activations: the store's layout, the harvest that fills it, and the readers (ordered, shuffled, frames)."""

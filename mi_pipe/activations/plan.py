@@ -1,0 +1,179 @@
+"""The plan of a harvest: which token becomes which row, and which prompts are run together; fixed before any work.
+
+Rows are the kept tokens in prompt order. Batches hold prompts of one length (no padding) and are formed in
+prompt order: a batch is closed when it is full, or when the prompts have moved two shards past its first.
+Batch composition changes bits, so shard i is a pure function of (plan, i): a batch whose rows lie in two shards
+is run whole for each, or carried over when they are done one after the other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from mi_pipe.activations.layout import StoreLayout
+from mi_pipe.core.canonical import content_hash
+
+_LATEST_SHARD_GAP = 2
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Prompts as arrays: prompt p is `ids[offsets[p]:offsets[p + 1]]`; `kept` says which tokens become rows."""
+
+    ids: Int[np.ndarray, " token"]
+    offsets: Int[np.ndarray, " boundary"]
+    kept: Bool[np.ndarray, " token"]
+
+    @property
+    def n_prompts(self) -> int:
+        """Number of prompts."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " prompt"]:
+        """Tokens of each prompt."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def row_offsets(self) -> Int[np.ndarray, " boundary"]:
+        """Where each prompt's rows begin, and where the last prompt's end; int64."""
+        return np.concatenate([[0], np.cumsum(self.kept, dtype=np.int64)])[self.offsets]
+
+    @property
+    def n_rows(self) -> int:
+        """Number of kept tokens."""
+        return int(self.row_offsets[-1])
+
+    def row_arrays(self) -> dict[str, Int[np.ndarray, " row"]]:
+        """Return token_id, prompt_idx and pos of every row, int32."""
+        prompt_idx = np.repeat(np.arange(self.n_prompts, dtype=np.int32), self.lengths)
+        pos = np.arange(len(self.ids), dtype=np.int64) - np.repeat(self.offsets[:-1], self.lengths)
+        return {
+            "token_id": self.ids[self.kept],
+            "prompt_idx": prompt_idx[self.kept],
+            "pos": pos[self.kept].astype(np.int32),
+        }
+
+
+def kept_tokens(
+    ids: Int[np.ndarray, " token"], offsets: Int[np.ndarray, " boundary"], bos_id: int | None, keep_bos: bool
+) -> Bool[np.ndarray, " token"]:
+    """Say which tokens become rows: all, or all but a BOS at the start of a prompt."""
+    kept = np.ones(len(ids), bool)
+    if bos_id is not None and not keep_bos:
+        starts = offsets[:-1][np.diff(offsets) > 0]
+        kept[starts] = ids[starts] != bos_id
+    return kept
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one length that are run together, and the rows that their kept tokens become."""
+
+    number: int
+    tokens: Int[np.ndarray, "batch pos"]
+    kept: Bool[np.ndarray, "batch pos"]
+    rows: Int[np.ndarray, " row"]
+    """Row numbers of the kept tokens, in the order of `kept`; ascending."""
+
+
+class HarvestPlan:
+    """Tokens, layout and batches of one harvest."""
+
+    def __init__(self, tokens: Tokens, layout: StoreLayout, batch_tokens: int, identity: dict[str, Any]) -> None:
+        """Fix the batches; `identity` is what else decides the values (model, hooks, precision)."""
+        assert layout.n_rows == tokens.n_rows, "the layout is for these tokens"
+        self.tokens = tokens
+        self.layout = layout
+        self._batches = form_batches(tokens, layout.shard_rows, batch_tokens)
+        self._shards = [self._shards_of(prompts) for prompts in self._batches]
+        self._by_shard: list[list[int]] = [[] for _ in range(layout.n_shards)]
+        for number, shards in enumerate(self._shards):
+            for shard in shards:
+                self._by_shard[shard].append(number)
+        self.hash = self._hash(batch_tokens, identity)
+
+    @property
+    def n_batches(self) -> int:
+        """Number of batches."""
+        return len(self._batches)
+
+    def batches_of(self, shard: int) -> list[int]:
+        """Return the batches that have rows in a shard, ascending."""
+        return self._by_shard[shard]
+
+    def last_shard(self, batch: int) -> int:
+        """Return the last shard that a batch has rows in."""
+        return self._shards[batch][-1]
+
+    def batch(self, number: int) -> Batch:
+        """Return one batch."""
+        prompts = self._batches[number]
+        starts = self.tokens.offsets[prompts]
+        at = starts[:, None] + np.arange(int(self.tokens.lengths[prompts[0]]))
+        first, stop = self.tokens.row_offsets[prompts], self.tokens.row_offsets[prompts + 1]
+        rows = np.concatenate([np.arange(a, b) for a, b in zip(first, stop, strict=True)])
+        return Batch(number, self.tokens.ids[at], self.tokens.kept[at], rows)
+
+    def sample(
+        self, n_prompts: int, batch_tokens: int
+    ) -> Iterator[tuple[Int[np.ndarray, "b pos"], Bool[np.ndarray, "b pos"]]]:
+        """Yield batches of prompts spread evenly over the set, and what of them is kept, for measuring."""
+        have_rows = np.flatnonzero(np.diff(self.tokens.row_offsets))
+        spread = np.linspace(0, len(have_rows) - 1, min(n_prompts, len(have_rows))).astype(np.int64)
+        prompts = have_rows[spread]
+        lengths = self.tokens.lengths[prompts]
+        for length in np.unique(lengths):
+            same = prompts[lengths == length]
+            size = max(1, batch_tokens // int(length))
+            for start in range(0, len(same), size):
+                at = self.tokens.offsets[same[start : start + size]][:, None] + np.arange(length)
+                yield self.tokens.ids[at], self.tokens.kept[at]
+
+    def _shards_of(self, prompts: Int[np.ndarray, " prompt"]) -> list[int]:
+        first = self.tokens.row_offsets[prompts] // self.layout.shard_rows
+        last = (self.tokens.row_offsets[prompts + 1] - 1) // self.layout.shard_rows
+        return sorted({shard for a, b in zip(first, last, strict=True) for shard in range(int(a), int(b) + 1)})
+
+    def _hash(self, batch_tokens: int, identity: dict[str, Any]) -> str:
+        tokens, layout = self.tokens, self.layout
+        arrays = [tokens.ids.astype("<i4"), tokens.offsets.astype("<i8"), np.packbits(tokens.kept)]
+        return content_hash(
+            {
+                "tokens": [content_hash(array.tobytes().hex()) for array in arrays],
+                "shard_rows": layout.shard_rows,
+                "arrays": [[a.name, list(a.token_shape), a.store_dtype, a.chunk_rows] for a in layout.arrays],
+                "batch_tokens": batch_tokens,
+                **identity,
+            }
+        )
+
+
+def form_batches(tokens: Tokens, shard_rows: int, batch_tokens: int) -> list[Int[np.ndarray, " prompt"]]:
+    """Return the prompts of each batch; prompts without a kept token are in none.
+
+    A batch has as many prompts of one length as fit into `batch_tokens`, at least one.
+    """
+    lengths = tokens.lengths.tolist()
+    n_rows = np.diff(tokens.row_offsets).tolist()
+    shards = (tokens.row_offsets[:-1] // shard_rows).tolist()
+    open_batches: dict[int, list[int]] = {}
+    batches: list[list[int]] = []
+    current = 0
+    for prompt, (length, rows, shard) in enumerate(zip(lengths, n_rows, shards, strict=True)):
+        if rows == 0:
+            continue
+        if shard != current:
+            current = shard
+            stale = [key for key, members in open_batches.items() if shard - shards[members[0]] >= _LATEST_SHARD_GAP]
+            batches.extend(open_batches.pop(key) for key in stale)
+        members = open_batches.setdefault(length, [])
+        members.append(prompt)
+        if (len(members) + 1) * length > batch_tokens:
+            batches.append(open_batches.pop(length))
+    batches.extend(open_batches.values())
+    return [np.array(members, np.int64) for members in batches]

@@ -1,0 +1,143 @@
+"""Reads the rows of one array straight from its shard files, without zarr's machinery (5 to 10 times the speed).
+
+A chunk is compared with its CRC-32C when this object first touches it; a missing, short or altered shard raises
+ArtifactDamagedError, where zarr itself would answer a missing file with the fill value.
+"""
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from mi_pipe.activations.layout import CRC_BYTES, ArrayLayout
+from mi_pipe.activations.shard_file import crc32c
+from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
+from mi_pipe.core.errors import ArtifactDamagedError
+
+
+class RawArray:
+    """One hook point's array in a group on the local disk."""
+
+    def __init__(self, group: Path, name: str, verify: bool = True) -> None:
+        """Open the array `name` of `group`; raises ArtifactDamagedError if it is not laid out as mi_pipe writes."""
+        self._group = group
+        self.layout, self.n_rows = read_array_layout(group, name)
+        n_chunks = -(-self.n_rows // self.layout.chunk_rows)
+        self._is_verified = np.full(n_chunks, not verify)
+
+    def read(self, start: int, stop: int) -> Shaped[np.ndarray, "row width"]:
+        """Return stored rows `start` to `stop` (exclusive)."""
+        out = np.empty((max(0, stop - start), self.layout.width), numpy_dtype(self.layout.store_dtype))
+        self.read_into(out, start)
+        return out
+
+    def read_into(self, out: Shaped[np.ndarray, "row width"], start: int) -> None:
+        """Fill `out` (contiguous, of the stored dtype) with rows from `start` on; raises IndexError outside."""
+        stop = start + len(out)
+        if start < 0 or stop > self.n_rows:
+            raise IndexError(f"rows {start} to {stop} of {self.layout.name}, which has {self.n_rows}")
+        size, row = self.layout.chunk_rows, start
+        while row < stop:
+            end = min(stop, (row // self.layout.shard_rows + 1) * self.layout.shard_rows)
+            with _Shard(self._group, self.layout, row // self.layout.shard_rows, self.n_rows) as shard:
+                while row < end:
+                    part = min(end, (row // size + 1) * size)
+                    self._read_chunk(shard, out[row - start : part - start], row)
+                    row = part
+
+    def take(self, rows: Int[np.ndarray, " row"]) -> Shaped[np.ndarray, "row width"]:
+        """Return stored rows in any order, repeats allowed; each chunk that holds one is read once."""
+        rows = np.asarray(rows, np.int64)
+        out = np.empty((len(rows), self.layout.width), numpy_dtype(self.layout.store_dtype))
+        order = np.argsort(rows, kind="stable")
+        size = self.layout.chunk_rows
+        _, starts = np.unique(rows[order] // size, return_index=True)
+        edges = [*starts.tolist(), len(rows)]
+        for first, last in itertools.pairwise(edges):
+            places = order[first:last]
+            low, high = int(rows[places[0]]), int(rows[places[-1]]) + 1
+            out[places] = self.read(low, high)[rows[places] - low]
+        return out
+
+    def _read_chunk(self, shard: "_Shard", out: Shaped[np.ndarray, "row width"], row: int) -> None:
+        """Read rows of one chunk, all of it if it is still to be verified."""
+        layout = self.layout
+        chunk, within = divmod(row, layout.chunk_rows)
+        local = chunk % layout.chunks_per_shard
+        if self._is_verified[chunk]:
+            shard.read(out.data.cast("B"), local * layout.chunk_stride + within * layout.row_bytes)
+            return
+        whole = np.empty((layout.chunk_rows, layout.width), out.dtype)
+        shard.read_chunk(whole.reshape(-1).view(np.uint8), local)
+        out[:] = whole[within : within + len(out)]
+        self._is_verified[chunk] = True
+
+
+class _Shard:
+    """An open shard file."""
+
+    def __init__(self, group: Path, layout: ArrayLayout, shard: int, n_rows: int) -> None:
+        self._path = group / layout.key(shard)
+        self._layout = layout
+        self._size = layout.file_bytes(min(layout.shard_rows, n_rows - shard * layout.shard_rows))
+        self._handle = -1
+
+    def __enter__(self) -> "_Shard":
+        try:
+            self._handle = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise ArtifactDamagedError(f"{self._path} is missing.{_REMEDY}") from error
+        found = os.fstat(self._handle).st_size
+        if found != self._size:
+            os.close(self._handle)
+            raise ArtifactDamagedError(f"{self._path} has {found:,} bytes instead of {self._size:,}.{_REMEDY}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+    def read(self, out: memoryview, offset: int) -> None:
+        while len(out):
+            n_read = os.preadv(self._handle, [out], offset)
+            if n_read == 0:
+                raise ArtifactDamagedError(f"{self._path} ends early.{_REMEDY}")
+            out, offset = out[n_read:], offset + n_read
+
+    def read_chunk(self, out: Shaped[np.ndarray, " byte"], chunk: int) -> None:
+        start = chunk * self._layout.chunk_stride
+        stored = bytearray(CRC_BYTES)
+        self.read(out.data, start)
+        self.read(memoryview(stored), start + len(out))
+        if crc32c(out) != int.from_bytes(stored, "little"):
+            raise ArtifactDamagedError(f"Chunk {chunk} of {self._path} differs from its checksum.{_REMEDY}")
+
+
+_REMEDY = " Remove the artifact with `mi-pipe rm` and run its recipe again."
+
+
+def read_array_layout(group: Path, name: str) -> tuple[ArrayLayout, int]:
+    """Read an array's metadata; raises ArtifactDamagedError unless it is the sharded layout that mi_pipe writes."""
+    path = group / name / "zarr.json"
+    try:
+        meta = json.loads(path.read_bytes())
+        shape, codec = meta["shape"], meta["codecs"][0]
+        inner = codec["configuration"]
+        store_dtype: StoreDType = meta["attributes"].get("logical_dtype", meta["data_type"])
+        layout = ArrayLayout(
+            name=name,
+            token_shape=tuple(meta["attributes"]["token_shape"]),
+            dimension=meta["dimension_names"][1],
+            store_dtype=store_dtype,
+            chunk_rows=inner["chunk_shape"][0],
+            shard_rows=meta["chunk_grid"]["configuration"]["chunk_shape"][0],
+        )
+        codecs = [item["name"] for item in inner["codecs"]]
+        is_ours = codecs == ["bytes", "crc32c"] and inner["index_location"] == "end" and layout.width == shape[1]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ArtifactDamagedError(f"The metadata {path} cannot be read.{_REMEDY}") from error
+    if not is_ours:
+        raise ArtifactDamagedError(f"{path} describes no array that mi_pipe wrote (codecs {codecs}); use zarr.")
+    return layout, shape[0]

@@ -1,0 +1,106 @@
+"""Writes finished shards in a thread of its own, while the forward pass fills the next one.
+
+For a shard: statistics, checksums and index, one file a hook point (temporary name, fsync, rename, fsync of the
+folder), the sums in scratch space, and then the commit record, which is what makes it done. Two sets of
+buffers take turns, so memory does not depend on the number of tokens.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from mi_pipe.activations.commits import Commit, write_commit
+from mi_pipe.activations.layout import ArrayLayout, StoreLayout
+from mi_pipe.activations.shard_file import ShardBuffer, write_shard
+from mi_pipe.activations.statistics import ShardSums, shard_sums
+from mi_pipe.activations.sums_file import write_sums
+from mi_pipe.core.errors import StageError
+
+_N_BUFFER_SETS = 2
+
+Buffers = dict[str, ShardBuffer]
+
+
+class StorageOverflowError(StageError):
+    """Values do not fit into the dtype they are to be stored in."""
+
+
+class ShardWriter:
+    """A context within which shards are filled by the caller and written in the background."""
+
+    def __init__(
+        self,
+        folder: Path,
+        group: Path,
+        scratch: Path,
+        layout: StoreLayout,
+        plan: str,
+        on_commit: Callable[[int], None],
+    ) -> None:
+        """Write to `group` within the artifact's `folder`; `on_commit(shard)` is called when a shard is done."""
+        self._folder = folder
+        self._group = group
+        self._scratch = scratch
+        self._layout = layout
+        self._plan = plan
+        self._on_commit = on_commit
+        self._sets: list[Buffers] = []
+        self._turn = 0
+        self._pending: list[Future[None]] = []
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+
+    def __enter__(self) -> "ShardWriter":
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the shards handed over; raises what writing them raised, unless already leaving with an error."""
+        self._executor.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            for future in self._pending:
+                future.result()
+
+    def buffers(self) -> Buffers:
+        """Return buffers to fill, once one of the sets is free; raises what writing an earlier shard raised."""
+        while len(self._pending) >= _N_BUFFER_SETS or (self._pending and self._pending[0].done()):
+            self._pending.pop(0).result()
+        if len(self._sets) < _N_BUFFER_SETS:
+            self._sets.append({array.name: ShardBuffer(array) for array in self._layout.arrays})
+            return self._sets[-1]
+        self._turn = (self._turn + 1) % _N_BUFFER_SETS
+        return self._sets[self._turn - 1]
+
+    def submit(self, shard: int, buffers: Buffers) -> None:
+        """Hand over a filled shard; its buffers are free again when `buffers` returns them."""
+        self._pending.append(self._executor.submit(self._write, shard, buffers))
+
+    def _write(self, shard: int, buffers: Buffers) -> None:
+        n_rows = self._layout.shard_n_rows(shard)
+        sums: dict[str, ShardSums] = {}
+        files: dict[str, tuple[int, str]] = {}
+        for array in self._layout.arrays:
+            chunks = buffers[array.name].chunks(n_rows)
+            sums[array.name] = shard_sums(chunks, array.store_dtype, array.width)
+            self._refuse_nonfinite(array, shard, sums[array.name])
+        for array in self._layout.arrays:
+            key = array.key(shard)
+            files[key] = write_shard(self._group / key, buffers[array.name].encode(n_rows))
+        write_sums(self._scratch, shard, sums)
+        write_commit(self._folder, Commit(shard, self._layout.bounds(shard), self._plan, files))
+        self._on_commit(shard)
+
+    def _refuse_nonfinite(self, array: ArrayLayout, shard: int, sums: ShardSums) -> None:
+        if not sums.n_nonfinite:
+            return
+        start, stop = self._layout.bounds(shard)
+        largest = f"the largest {array.store_dtype} is {np.finfo(np.float16).max:,.0f}"
+        hint = f" ({largest}); set store_dtype: bfloat16" if array.store_dtype == "float16" else "; check the model"
+        raise StorageOverflowError(
+            f"{sums.n_nonfinite} of rows {start:,} to {stop:,} (shard {shard}) of {array.name} hold values that are "
+            f"not finite as {array.store_dtype}{hint}."
+        )
