@@ -1,7 +1,7 @@
 """Stage `circuits`: score every edge between heads and MLPs, and measure how far the best of them go.
 
-Units of work: for each chunk of pairs the edge scores (sums wait in scratch), the two base runs, and then every
-circuit of the faithfulness curve (its metric per pair is in the ledger itself).
+Units of work, for each chunk of pairs: the two base runs, the edge scores (sums wait in scratch), and every circuit
+of the faithfulness curve (metrics, one a pair, are in the ledger itself).
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from mi_pipe.circuits.curve import (
 )
 from mi_pipe.circuits.description import found_circuit, how_measured
 from mi_pipe.circuits.eap import EdgeScores, score_edges
-from mi_pipe.circuits.faithfulness import CircuitRunner
+from mi_pipe.circuits.faithfulness import CircuitRunner, base_metrics
 from mi_pipe.circuits.graph import Graph
 from mi_pipe.circuits.parts import Parts, check_supported, find_parts
 from mi_pipe.circuits.prune import EdgeMask
@@ -99,15 +99,27 @@ def run(config: CircuitsConfig, inputs: Inputs, work: Workspace) -> dict[str, Sc
     is_done = work.ledger.n_done >= plan.n_work
     parts = None if is_done else find_parts(load_source(inputs.model, config.device))
     if parts:
+        _run_base(plan, parts, work)
+    base = BaseMetrics(_gather(plan, work, "base", "clean"), _gather(plan, work, "base", "corrupted"))
+    base.check()
+    if parts:
         _score(config, plan, parts, work)
     scores = _load_scores(plan, work)
+    means = stored_scores(scores)
     masks = {
-        candidate: circuit_of(plan.graph, candidate, stored_scores(scores), config.rank, config.selection, config.seed)
+        candidate: circuit_of(plan.graph, candidate, means, config.rank, config.selection, config.seed)
         for candidate in plan.candidates
     }
     if parts:
         _evaluate(plan, parts, masks, work)
-    return _write(config, plan, inputs, scores, masks, work)
+    return _write(config, plan, inputs, base, scores, masks, work)
+
+
+def _run_base(plan: _Plan, parts: Parts, work: Workspace) -> None:
+    for chunk in plan.chunks:
+        if _key(chunk, "base") not in work.ledger:
+            clean, corrupted = base_metrics(parts, Pairs.of(chunk.group, parts.model.device))
+            _mark(plan, work, _key(chunk, "base"), "base runs", clean=clean.tolist(), corrupted=corrupted.tolist())
 
 
 def _score(config: CircuitsConfig, plan: _Plan, parts: Parts, work: Workspace) -> None:
@@ -136,9 +148,6 @@ def _evaluate(plan: _Plan, parts: Parts, masks: Mapping[Candidate, EdgeMask], wo
         if not todo:
             continue
         runner = CircuitRunner(parts, Pairs.of(chunk.group, parts.model.device))
-        if _key(chunk, "base") not in work.ledger:
-            base = {"clean": runner.clean_metric().tolist(), "corrupted": runner.corrupted_metric.tolist()}
-            _mark(plan, work, _key(chunk, "base"), "base runs", **base)
         for candidate in todo:
             metric = runner.metric(masks[candidate]).tolist()
             _mark(plan, work, _key(chunk, candidate.name), f"{candidate.n_edges} edges", metric=metric)
@@ -148,12 +157,11 @@ def _write(
     config: CircuitsConfig,
     plan: _Plan,
     inputs: Inputs,
+    base: BaseMetrics,
     scores: EdgeScores,
     masks: Mapping[Candidate, EdgeMask],
     work: Workspace,
 ) -> dict[str, Scalar]:
-    base = BaseMetrics(_gather(plan, work, "base", "clean"), _gather(plan, work, "base", "corrupted"))
-    base.check()
     metrics = {candidate: _gather(plan, work, candidate.name, "metric") for candidate in plan.candidates}
     table = curve_table(plan.graph, masks, metrics, base, config.n_resamples, config.seed)
     row, is_enough = choose_row(table, config.threshold)

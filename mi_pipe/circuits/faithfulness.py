@@ -29,6 +29,15 @@ from mi_pipe.patching.metrics import recovered_fraction
 INTERVAL = (2.5, 97.5)
 
 
+@torch.no_grad()
+def base_metrics(parts: Parts, pairs: Pairs) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+    """Return the metric of the clean run (that of the full circuit) and of the corrupted run (of the empty one)."""
+    clean, corrupted = (
+        run_metric(parts, tokens, pairs.answer, pairs.wrong, {}) for tokens in (pairs.clean, pairs.corrupted)
+    )
+    return clean, corrupted
+
+
 class CircuitRunner:
     """Runs circuits on the same pairs of one length; the corrupted run is recorded once."""
 
@@ -38,21 +47,11 @@ class CircuitRunner:
         self.pairs = pairs
         self.base = record(parts, pairs.corrupted, pairs.answer, pairs.wrong)
 
-    @property
-    def corrupted_metric(self) -> Float[Tensor, " pair"]:
-        """Metric of the corrupted run, which is that of the empty circuit."""
-        return self.base.metric
-
-    @torch.no_grad()
-    def clean_metric(self) -> Float[Tensor, " pair"]:
-        """Metric of the clean run, which is that of the full circuit."""
-        return run_metric(self.parts, self.pairs.clean, self.pairs.answer, self.pairs.wrong, {})
-
     @torch.no_grad()
     def metric(self, mask: EdgeMask) -> Float[Tensor, " pair"]:
         """Return the metric of each pair when only the edges of `mask` carry the clean run."""
         if not mask.any():
-            return self.corrupted_metric
+            return self.base.metric
         run = _CircuitRun(self, mask)
         with ExitStack() as stack:
             for layer, block in enumerate(self.parts.blocks):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mi_pipe.circuits.faithfulness import CircuitRunner, bootstrap_interval, normalised_faithfulness
+from mi_pipe.circuits.faithfulness import CircuitRunner, base_metrics, bootstrap_interval, normalised_faithfulness
 from mi_pipe.circuits.parts import find_parts
 from mi_pipe.circuits.prune import prune
 from tests.circuits import tiny
@@ -31,7 +31,7 @@ def test_full_circuit_is_the_clean_run_and_empty_circuit_the_corrupted_run(name)
 
     clean, corrupted = metric(pairs.clean), metric(pairs.corrupted)
     assert (clean - corrupted).abs().min() > 1e-3
-    torch.testing.assert_close(runner.clean_metric(), clean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(base_metrics(parts, pairs), (clean, corrupted), rtol=0, atol=1e-5)
     torch.testing.assert_close(runner.metric(parts.graph.edge_mask), clean, rtol=0, atol=1e-5)
     torch.testing.assert_close(runner.metric(np.zeros_like(parts.graph.edge_mask)), corrupted, rtol=0, atol=1e-5)
     one_edge = np.zeros_like(parts.graph.edge_mask)
@@ -78,7 +78,7 @@ def test_single_precision_keeps_the_identities():
     model.module.float()
     parts = find_parts(model)
     runner = CircuitRunner(parts, pairs)
-    clean, corrupted = runner.clean_metric().numpy(), runner.corrupted_metric.numpy()
+    clean, corrupted = (values.numpy() for values in base_metrics(parts, pairs))
     full = runner.metric(parts.graph.edge_mask).numpy()
     assert normalised_faithfulness(full, clean, corrupted) == pytest.approx(1, abs=1e-5)
     assert normalised_faithfulness(corrupted, clean, corrupted) == 0
