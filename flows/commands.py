@@ -20,6 +20,7 @@ from rich.table import Table  # noqa: E402
 
 from flows.diagram import Step  # noqa: E402
 from flows.planning import as_row  # noqa: E402
+from flows.preflight import prepare  # noqa: E402
 from flows.recipe import load_recipe  # noqa: E402
 from flows.runner import StepReport, run_diagram, run_step  # noqa: E402
 from flows.terminal import Screen  # noqa: E402
