@@ -37,6 +37,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             old.unlink()
 
 
+def drop_checkpoint(folder: Path) -> None:
+    """Remove the checkpoint of a training that is finished."""
+    (folder / _POINTER).unlink(missing_ok=True)
+    for old in folder.glob("step-*.safetensors"):
+        old.unlink()
+
+
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """Read the newest checkpoint, or return None if there is none."""
     if not (folder / _POINTER).exists():

@@ -1,7 +1,13 @@
-"""The held-out side of a store: rows for metrics, and prompts with the positions at which an SAE may stand in.
+"""Evaluation on the held-out side of a store: its rows, and its prompts with an SAE spliced into the model.
 
 Which prompts are held out is decided by the store (by prompt, the same for all users); here only how many are used.
+What is the same for all SAEs of a hook point (the prompts, the clean and the zero-ablated loss) is computed once.
 """
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,49 +15,85 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mi_pipe.activations.store import ActivationStore
+from mi_pipe.models.model import Model
 from mi_pipe.prompts.prompt_set import PromptSet
-from mi_pipe.saes.evaluation import PromptBatch, pad_prompts
+from mi_pipe.saes.config import TrainSAEsConfig
+from mi_pipe.saes.evaluation import PromptBatch, SpliceFigures, cross_entropy, evaluate_rows, pad_prompts, zeros
+from mi_pipe.saes.sae import SAE
+
+_BATCH_ROWS = 2048
+_BATCH_PROMPTS = 8
 
 
-def held_out_rows(
-    store: ActivationStore, hook: str, held_out_fraction: float, seed: int, n_rows: int
-) -> Int[np.ndarray, " row"]:
-    """Return up to `n_rows` held-out rows that are not massive, spread evenly, ascending."""
-    _, held_out = store.prompt_split(held_out_fraction, seed)
-    return _spread(np.flatnonzero(held_out & ~store.massive(hook)), n_rows)
+@dataclass(frozen=True)
+class _Baseline:
+    """What all SAEs of a hook point share."""
+
+    batches: list[PromptBatch]
+    ce_clean: float
+    ce_zero: float
 
 
-def read_rows(
-    store: ActivationStore, hook: str, rows: Int[np.ndarray, " row"], batch_rows: int
-) -> list[Float[Tensor, "batch d_in"]]:
-    """Return the activations of some rows in batches."""
-    starts = range(0, len(rows), batch_rows)
-    return [torch.from_numpy(store.take(hook, rows[start : start + batch_rows])) for start in starts]
+class HeldOut:
+    """The held-out rows and prompts of a store."""
 
+    def __init__(
+        self, store: ActivationStore, prompts: PromptSet, config: TrainSAEsConfig, load_model: Callable[[], Model]
+    ) -> None:
+        """Evaluate on `store` and `prompts`; `load_model` is called once, when a model is first needed."""
+        self._store = store
+        self._prompts = prompts
+        self._asked = config.evaluation
+        _, self._is_held_out = store.prompt_split(config.data.held_out_fraction, config.data.split_seed)
+        self._load_model = load_model
+        self._model: Model | None = None
+        self._baselines: dict[str, _Baseline] = {}
 
-def held_out_prompts(
-    store: ActivationStore,
-    prompts: PromptSet,
-    hook: str,
-    held_out_fraction: float,
-    seed: int,
-    n_prompts: int,
-    bos_id: int | None,
-    batch_prompts: int,
-) -> list[PromptBatch]:
-    """Return up to `n_prompts` held-out prompts in batches.
+    def rows(self, hook: str, n_rows: int) -> Int[np.ndarray, " row"]:
+        """Return up to `n_rows` held-out rows that are not massive, spread evenly, ascending."""
+        return _spread(np.flatnonzero(self._is_held_out & ~self._store.massive(hook)), n_rows)
 
-    They are marked where the store has a row that is neither massive nor BOS.
-    """
-    _, held_out = store.prompt_split(held_out_fraction, seed)
-    table = store.table(["prompt_idx", "pos"])
-    prompt_idx, pos = table["prompt_idx"].to_numpy(), table["pos"].to_numpy()
-    usable = held_out & ~store.massive(hook)
-    chosen = _spread(np.unique(prompt_idx[held_out]), n_prompts)
-    tokens = [torch.from_numpy(prompts.prompt(int(i)).astype(np.int64)) for i in chosen]
-    marks = [_mark(ids, pos[usable & (prompt_idx == i)], bos_id) for i, ids in zip(chosen, tokens, strict=True)]
-    starts = range(0, len(tokens), batch_prompts)
-    return [pad_prompts(tokens[i : i + batch_prompts], marks[i : i + batch_prompts]) for i in starts]
+    def sample(self, hook: str, n_rows: int) -> Float[Tensor, "row d_in"]:
+        """Return the activations of up to `n_rows` held-out rows."""
+        return torch.from_numpy(self._store.take(hook, self.rows(hook, n_rows)))
+
+    def evaluate(self, sae: SAE) -> dict[str, Any]:
+        """Return metrics on held-out rows, and in the model (NaN if no prompts are asked for)."""
+        figures = evaluate_rows(sae, self._batches(sae.hook))
+        return {**dataclasses.asdict(figures), **self._splice(sae)}
+
+    def prompt_batches(self, hook: str, bos_id: int | None) -> list[PromptBatch]:
+        """Return held-out prompts, marked where the store has a row that is neither massive nor BOS."""
+        usable = self._is_held_out & ~self._store.massive(hook)
+        prompt_idx, pos = self._store.prompt_idx, self._store.pos
+        chosen = _spread(np.unique(prompt_idx[self._is_held_out]), self._asked.n_prompts)
+        tokens = [torch.from_numpy(self._prompts.prompt(int(i)).astype(np.int64)) for i in chosen]
+        marks = [_mark(ids, pos[usable & (prompt_idx == i)], bos_id) for i, ids in zip(chosen, tokens, strict=True)]
+        starts = range(0, len(tokens), _BATCH_PROMPTS)
+        return [pad_prompts(tokens[i : i + _BATCH_PROMPTS], marks[i : i + _BATCH_PROMPTS]) for i in starts]
+
+    def _batches(self, hook: str) -> Iterator[Float[Tensor, "batch d_in"]]:
+        rows = self.rows(hook, self._asked.n_rows)
+        for start in range(0, len(rows), _BATCH_ROWS):
+            yield torch.from_numpy(self._store.take(hook, rows[start : start + _BATCH_ROWS]))
+
+    def _splice(self, sae: SAE) -> dict[str, Any]:
+        if self._asked.n_prompts == 0:
+            return {"n_prompts": 0, **dict.fromkeys(("ce_clean", "ce_sae", "ce_zero", "ce_recovered"), float("nan"))}
+        if self._model is None:
+            self._model = self._load_model()
+        base = self._baseline(sae.hook, self._model)
+        ce_sae = cross_entropy(self._model, sae.hook, base.batches, sae)
+        figures = SpliceFigures(base.ce_clean, ce_sae, base.ce_zero)
+        n_prompts = sum(batch.tokens.shape[0] for batch in base.batches)
+        return {"n_prompts": n_prompts, **dataclasses.asdict(figures), "ce_recovered": figures.ce_recovered}
+
+    def _baseline(self, hook: str, model: Model) -> _Baseline:
+        if hook not in self._baselines:
+            batches = self.prompt_batches(hook, model.vocabulary.bos_id)
+            clean, zero = (cross_entropy(model, hook, batches, replacement) for replacement in (None, zeros))
+            self._baselines[hook] = _Baseline(batches, clean, zero)
+        return self._baselines[hook]
 
 
 def _mark(

@@ -21,8 +21,8 @@ from mi_pipe.saes.code import FeatureOrder, SparseCode
 
 Precision = Literal["float32", "bfloat16"]
 
-_CHUNKS_PER_K = 4
-_MIN_PREFILTER_RATIO = 32
+_PREFILTER_WIDTH = 16
+_LARGEST_CHUNK = 6
 _GATHER_ENTRIES = 1 << 15
 
 
@@ -51,25 +51,33 @@ def pre_activations(
 def top_k_rows(pre: Float[Tensor, "batch d_sae"], k: int) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """Return the k largest values of each row and their columns, in the order of columns.
 
-    Wide rows are first cut into chunks: the k largest values lie in the k chunks with the largest maxima, so
-    only those are looked at again. Exact; equal values may be told apart differently than by `topk`.
+    Exact; equal values may be told apart differently than by `topk`.
     """
-    n_columns = pre.shape[1]
-    chunk = n_columns // (_CHUNKS_PER_K * k)
-    while chunk > 1 and n_columns % chunk:
-        chunk -= 1
-    if pre.device.type != "cpu" or n_columns < _MIN_PREFILTER_RATIO * k or chunk <= 1:
-        values, columns = pre.topk(k, dim=1, sorted=False)
-    else:
-        n_chunks = n_columns // chunk
-        maxima = pre.view(-1, chunk, n_chunks).amax(1)
-        chunks = maxima.topk(k, dim=1, sorted=False).indices
-        steps = torch.arange(chunk, device=pre.device) * n_chunks
-        candidates = (chunks[:, :, None] + steps).view(pre.shape[0], -1)
-        values, place = pre.gather(1, candidates).topk(k, dim=1, sorted=False)
-        columns = candidates.gather(1, place)
-    columns, order = columns.sort(dim=1)
-    return values.gather(1, order), columns
+    columns = _top_k_columns(pre, k).sort(dim=1).values
+    return pre.gather(1, columns), columns
+
+
+def _top_k_columns(pre: Float[Tensor, "batch column"], k: int) -> Int[Tensor, "batch k"]:
+    """Return the columns of the k largest values of each row, in any order.
+
+    Wide rows are cut into small chunks: the k largest values lie in the k chunks with the largest maxima (found
+    the same way), so only those are looked at again.
+    """
+    n_rows, n_columns = pre.shape
+    chunk = _chunk_of(n_columns) if pre.device.type == "cpu" and n_columns >= _PREFILTER_WIDTH * k else 1
+    if chunk == 1:
+        return pre.topk(k, dim=1, sorted=False).indices
+    n_chunks = n_columns // chunk
+    chunks = _top_k_columns(pre.view(n_rows, chunk, n_chunks).amax(1), k)
+    steps = torch.arange(chunk, device=pre.device) * n_chunks
+    candidates = (chunks[:, None, :] + steps[:, None]).view(n_rows, -1)
+    places = pre.gather(1, candidates).topk(k, dim=1, sorted=False).indices
+    return candidates.gather(1, places)
+
+
+def _chunk_of(n_columns: int) -> int:
+    """Return the largest size of at most 6 into which the columns divide."""
+    return next(size for size in range(_LARGEST_CHUNK, 0, -1) if n_columns % size == 0)
 
 
 def top_k_flat(pre: Float[Tensor, "batch d_sae"], n_kept: int) -> tuple[Int[Tensor, " entry"], Float[Tensor, " entry"]]:

@@ -34,6 +34,11 @@ class Normaliser:
             raise StageError(f"Activations at {hook or 'the hook point'} do not vary; no SAE can be trained on them.")
         return cls(mean.to(torch.float32), math.sqrt(mean.shape[0] / mean_square_norm_centred))
 
+    @property
+    def outlier_ratio(self) -> float:
+        """‖μ‖ / √(E‖x - μ‖²): large values foretell dead features where activations are not centred."""
+        return float(torch.linalg.vector_norm(self.mean)) * self.scale / math.sqrt(self.mean.shape[0])
+
     def to(self, device: torch.device) -> "Normaliser":
         """Return the same map on another device."""
         return Normaliser(self.mean.to(device), self.scale)

@@ -12,6 +12,7 @@ from mi_pipe.saes.storage import probe_agrees, probe_checksum, read_sae
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -38,6 +39,10 @@ class SAESet(Artifact):
         """Training curves: one row an SAE and interval."""
         return self.read_table(TRAINING_FILE)
 
+    @cached_property
+    def _probes(self) -> "dict[str, Tensor]":
+        return self.read_tensors(PROBE_FILE)
+
     def config_of(self, name: str) -> dict[str, Any]:
         """Return what an SAE's config.json says; raises ArtifactNotFoundError for an unknown name."""
         if name not in self.names:
@@ -53,7 +58,7 @@ class SAESet(Artifact):
         """Load one SAE; raises ArtifactDamagedError if it does not give its probe's outputs."""
         config = self.config_of(name)
         sae = read_sae(config, self.read_tensors(f"saes/{name}/{WEIGHTS_FILE}"))
-        probe = self.read_tensors(f"saes/{name}/{PROBE_FILE}")
+        probe = {part: self._probes[f"{name}.{part}"] for part in ("input", "output")}
         if probe_checksum(probe) != config["probe_sha256"] or not probe_agrees(sae, probe):
             raise ArtifactDamagedError(damage_text(self.id, f"{name} does not reproduce its probe batch"))
         return sae

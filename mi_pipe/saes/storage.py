@@ -24,7 +24,7 @@ def sae_tensors(sae: SAE) -> dict[str, Tensor]:
     return tensors if sae.threshold is None else {**tensors, "threshold": sae.threshold}
 
 
-def sae_config(sae: SAE, seed: int, precision: Precision, probe: dict[str, Tensor]) -> dict[str, Any]:
+def sae_config(sae: SAE, seed: int, probe: dict[str, Tensor], precision: Precision = "float32") -> dict[str, Any]:
     """Return the JSON beside the tensors."""
     return {
         "name": sae.name,

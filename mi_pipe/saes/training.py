@@ -21,6 +21,8 @@ from mi_pipe.saes.normalisation import Normaliser
 from mi_pipe.saes.sae import SAE
 from mi_pipe.saes.trainer import SAETrainer, StepFigures
 
+CURVE_COLUMNS = ("sae", "step", "tokens", "loss", "fvu", "l0", "dead_fraction", "grad_norm", "lr")
+
 
 @dataclass(frozen=True)
 class Interval:
