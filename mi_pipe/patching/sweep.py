@@ -4,6 +4,7 @@ Before the first position where clean and corrupted prompts differ a patch chang
 the base run's own, exactly, and nothing is run.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -24,6 +25,8 @@ _HOOKS: dict[Unit, str] = {
     "mlp_out": "hook_mlp_out",
     "head_out": "attn.hook_z",
 }
+# A batch counts as large enough from this share of the token budget on (2048 / 16 = 128 tokens on a CPU).
+_FULL_SHARE = 16
 
 
 def hook_of(unit: Unit, layer: int) -> str:
@@ -49,11 +52,23 @@ class Cells:
     first_pos: Int[Tensor, " row"]
     """The first position that the patch can change."""
 
-    def batches(self, rows: int) -> Iterator["Cells"]:
-        """Yield the cells in batches of one `first_pos` and at most `rows`."""
-        for first in self.first_pos.unique():
-            for index in (self.first_pos == first).nonzero().squeeze(1).split(rows):
-                yield Cells(self.pair[index], self.column[index], self.first_pos[index])
+    def batches(self, n_pos: int, batch_tokens: int) -> Iterator["Cells"]:
+        """Yield all cells in batches whose rows run from the batch's lowest `first_pos` to the end.
+
+        Rows of one `first_pos` go together, at most `batch_tokens` tokens; few rows are joined by those of later
+        positions, until the batch is large enough to be worth a forward pass.
+        """
+        order = self.first_pos.argsort(stable=True)
+        firsts: list[int] = self.first_pos[order].tolist()
+        start = 0
+        while start < len(firsts):
+            width = n_pos - firsts[start]
+            enough = start + -(-batch_tokens // (_FULL_SHARE * width))
+            most = start + max(1, batch_tokens // width)
+            stop = min(most, max(enough, bisect_right(firsts, firsts[start])))
+            index = order[start:stop]
+            yield Cells(self.pair[index], self.column[index], self.first_pos[index])
+            start = stop
 
 
 def position_cells(first_change: Int[Tensor, " pair"], n_pos: int) -> Cells:
@@ -85,7 +100,7 @@ def sweep_layer(
     )
     values = runs.base_metric[:, None].repeat(1, n_columns)
     d_head = runs.donors[hook].shape[-1] // n_heads
-    for batch in cells.batches(max(1, batch_tokens // runs.n_pos)):
+    for batch in cells.batches(runs.n_pos, batch_tokens):
         mask = _head_mask(batch.column, n_heads, d_head) if by_head else _position_mask(batch.column, runs.n_pos)
         patches = Patches(hook, batch.pair, mask, int(batch.first_pos[0]))
         values[batch.pair, batch.column] = engine.patched_metric(patches)
