@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mi_pipe.core.artifact import Artifact
-from mi_pipe.report.figures import GRID, MUTED, SERIES, Figure
+from mi_pipe.report.figures import GRID, MUTED, SERIES, Figure, log_scale
 from mi_pipe.report.html import slug
 from mi_pipe.report.layered import LayeredGraph, draw, layered_graph
 from mi_pipe.report.naming import name_of
@@ -27,7 +27,8 @@ def page(artifacts: Sequence[Artifact]) -> Page:
         stem, edges = slug(artifact.id), artifact.read_table("edges.parquet")
         nodes = artifact.read_table("nodes.parquet")
         circuit = edges[edges["in_circuit"]]
-        graph = layered_graph(circuit, nodes)
+        helping_sign = -1.0 if artifact.read_json("circuit.json").get("direction") == "noising" else 1.0
+        graph = layered_graph(circuit, nodes, helping_sign)
         drawing, curve = _drawing(graph, circuit, stem), _faithfulness(artifact, stem)
         sections.append(
             {
@@ -36,6 +37,7 @@ def page(artifacts: Sequence[Artifact]) -> Page:
                 "slug": stem,
                 "summary": artifact.summary,
                 "graph": graph,
+                "helping_sign": helping_sign,
                 "edges": [_shown(edge) for edge in graph.edges],
                 "drawing": drawing.name,
                 "curve": curve.name,
@@ -49,7 +51,7 @@ def page(artifacts: Sequence[Artifact]) -> Page:
 
 def _shown(edge: Any) -> dict[str, Any]:
     """Return what the page's script says of an edge."""
-    return {"source": edge.source, "target": edge.target, "how": edge.how, "score": edge.score, "sign": edge.sign}
+    return {"source": edge.source, "target": edge.target, "how": edge.how, "score": edge.score, "part": edge.part}
 
 
 def _strongest(edges: pd.DataFrame) -> pd.DataFrame:
@@ -91,7 +93,7 @@ def _faithfulness(artifact: Artifact, stem: str) -> Figure:
                 [best["n_edges"]], [best["faithfulness"]], s=150, facecolors="none", edgecolors=SERIES[1],
                 linewidths=2, zorder=5, label="the circuit above",
             )  # fmt: skip
-        axes.set_xscale("log")
+        log_scale(axes, "x")
         axes.set_xlabel("edges kept")
         axes.set_ylabel("faithfulness")
         axes.tick_params(length=0)

@@ -2,23 +2,24 @@
 
 Drawn with matplotlib's object interface, without pyplot's global state. The SVG is a function of the data alone
 (fixed hash salt, no date), keeps its text as text, and carries a style that turns its ink light where the reader's
-system is dark. Score maps are sequential (magma, pale is low); effect maps diverge around 0 (blue is positive).
+system is dark. Score maps are sequential (magma, paled toward its low end); effect maps diverge around 0 (blue is
+positive, red negative).
 """
 
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Normalize, TwoSlopeNorm, to_hex
+from matplotlib.colors import Colormap, ListedColormap, Normalize, TwoSlopeNorm, to_hex
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mi_pipe.report.html import visible
 
@@ -32,6 +33,8 @@ _PNG_DPI = 160
 _N_STOPS = 24
 _MAX_TICKS = 40
 _LONG_LABEL = 3
+_SHORT_SPAN = 100
+_LARGE_TICK = 1e4
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "mi_pipe",
     "svg.fonttype": "none",
@@ -84,6 +87,8 @@ def rendered(figure: Figure) -> tuple[bytes, bytes]:
         drawing = Drawing(figsize=figure.size)
         FigureCanvasAgg(drawing)
         figure.draw(drawing.add_subplot())
+        drawing.draw_without_rendering()
+        drawing.set_layout_engine("none")  # the layout is found; saving would seek it twice more
         svg, png = io.BytesIO(), io.BytesIO()
         drawing.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         drawing.savefig(png, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
@@ -107,6 +112,7 @@ def lines(
                 xs, ys, label=visible(label), color=SERIES[i % len(SERIES)],
                 linestyle=_DASHES[(i // len(SERIES)) % len(_DASHES)], marker="o" if options.get("markers") else "",
                 markersize=4,
+                clip_on=False,
             )  # fmt: skip
         _finish(axes, options)
         if len(series) > 1:
@@ -180,9 +186,7 @@ def heatmap(
 
     def draw(axes: Axes) -> None:
         norm = TwoSlopeNorm(0.0, low, high) if is_diverging else Normalize(low, high)
-        image = axes.imshow(
-            values, cmap="RdBu" if is_diverging else "magma_r", norm=norm, aspect="auto", interpolation="nearest"
-        )
+        image = axes.imshow(values, cmap=_colour_map(is_diverging), norm=norm, aspect="auto", interpolation="nearest")
         _label_cells(axes, shown[0], shown[1])
         axes.set_ylabel(titles[0])
         axes.set_xlabel(titles[1])
@@ -208,12 +212,23 @@ _HEATMAP_TITLES = {"row_title": "row", "column_title": "column", "value_title": 
 
 def colour_stops(diverging: bool) -> dict[str, list[str]]:
     """Return colours from low to high for a light page (`stops`) and for a dark one (`stops_dark`)."""
-    names = ("RdBu", "berlin_r") if diverging else ("magma_r", "magma")
-    span = (0.0, 1.0) if diverging else (0.0, 0.88)
-    light = [to_hex(mpl.colormaps[names[0]](place)) for place in np.linspace(*span, _N_STOPS)]
-    dark_span = (0.0, 1.0) if diverging else (0.12, 1.0)
-    dark = [to_hex(mpl.colormaps[names[1]](place)) for place in np.linspace(*dark_span, _N_STOPS)]
-    return {"stops": light, "stops_dark": dark}
+    light = _colour_map(diverging)
+    dark = mpl.colormaps["berlin_r" if diverging else "magma"]
+    from_place = 0.0 if diverging else 0.14
+    return {
+        "stops": [to_hex(light(place)) for place in np.linspace(0, 1, _N_STOPS)],
+        "stops_dark": [to_hex(dark(place)) for place in np.linspace(from_place, 1, _N_STOPS)],
+    }
+
+
+def _colour_map(diverging: bool) -> Colormap:
+    """Return the light page's map: red-white-blue, or magma from pale to dark without its darkest end."""
+    if diverging:
+        return mpl.colormaps["RdBu"]
+    places = np.linspace(0, 1, 256)
+    colours = mpl.colormaps["magma_r"](0.88 * places)[:, :3]
+    whiteness = 0.8 * (1 - places[:, None]) ** 4
+    return ListedColormap(colours * (1 - whiteness) + whiteness)
 
 
 def rounded(values: np.ndarray, digits: int = 5) -> list[Any]:
@@ -245,11 +260,33 @@ def _finish(axes: Axes, options: Mapping[str, Any]) -> None:
     axes.set_ylabel(options.get("y_title", ""))
     axes.tick_params(length=0)
     if options.get("log_x"):
-        axes.set_xscale("log")
+        log_scale(axes, "x")
     if options.get("log_y"):
-        axes.set_yscale("log")
+        log_scale(axes, "y")
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        if axis.get_scale() == "linear" and max(abs(low), abs(high)) >= _LARGE_TICK:
+            axis.set_major_formatter(FuncFormatter(lambda value, _: _brief(value)))
     if options.get("from_zero"):
         axes.set_ylim(bottom=0)
+
+
+def log_scale(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic with plain numbers; mathematical text is off, since labels come from models."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    if high < low * _SHORT_SPAN:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _brief(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _brief(value: float) -> str:
+    """Write a tick's number: 25000 is 25k."""
+    for size, sign in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if sign == 'k' else size):g}{sign}"
+    return f"{value:g}"
 
 
 def _legend(axes: Axes, n_entries: int) -> None:

@@ -65,7 +65,7 @@ def _heatmap(table: pd.DataFrame, score: str, stem: str) -> Figure:
     leader = f"; the largest is {best[0]['value']:.3f} at head {best[0]['name']}" if best else ""
     return heatmap(
         f"{slug(score)}-{stem}",
-        f"{_title(score)} score",
+        _title(score),
         f"Heatmap of the {_title(score).lower()} score by layer and head{leader}.",
         values,
         [str(layer) for layer in grid.index],

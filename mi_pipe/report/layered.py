@@ -23,7 +23,7 @@ _NODE = re.compile(r"(?P<kind>[am])(?P<layer>\d+)(?:\.(?P<part>h|kv)(?P<head>\d+
 _EMBED, _TOP = -1, 1_000_000
 _ENTRY = {"q": -14, "k": 0, "v": 14}
 _THINNEST, _WIDEST = 0.6, 6.0
-_NEGATIVE = SERIES[5]
+_COLOURS = {"helps": SERIES[0], "hinders": SERIES[5], "feeds": MUTED}
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,8 @@ class Edge:
     score: float
     width: float
     curve: tuple[tuple[float, float], ...]
-
-    @property
-    def sign(self) -> str:
-        """Sign of the score in words."""
-        return "negative" if self.score < 0 else "positive"
+    part: str
+    """What the edge does for the answer: "helps", "hinders", or "feeds" (no score)."""
 
     @property
     def path(self) -> str:
@@ -84,8 +81,12 @@ def folded(reader: str) -> tuple[str, str]:
     return (name, how) if how in _ENTRY and name else (reader, "")
 
 
-def layered_graph(edges: pd.DataFrame, nodes: pd.DataFrame) -> LayeredGraph:
-    """Lay out a circuit: its rows of `edges.parquet`, and all of `nodes.parquet`."""
+def layered_graph(edges: pd.DataFrame, nodes: pd.DataFrame, helping_sign: float) -> LayeredGraph:
+    """Lay out a circuit: its rows of `edges.parquet`, and all of `nodes.parquet`.
+
+    `helping_sign` is the sign of the score of an edge that works for the answer: -1 where the score is what
+    corrupting the edge does to the metric (noising), else 1.
+    """
     order = edges["score"].abs().sort_values(ascending=False, kind="stable").index
     drawn = edges.loc[order[:MAX_DRAWN]].iloc[::-1]
     links = [
@@ -93,28 +94,38 @@ def layered_graph(edges: pd.DataFrame, nodes: pd.DataFrame) -> LayeredGraph:
         for source, target, score in zip(drawn["source"], drawn["target"], drawn["score"], strict=True)
     ]
     names = list(dict.fromkeys(name for source, target, _, _ in links for name in (source, target)))
-    shared = _shared(nodes, names)
+    placed, rows, size = _placed(names)
+    largest = max((abs(score) for *_, score in links), default=1.0) or 1.0
+    return LayeredGraph(
+        nodes=list(placed.values()),
+        edges=[
+            _edge(placed, link, _THINNEST + (_WIDEST - _THINNEST) * abs(link[3]) / largest,
+                  "helps" if link[3] * helping_sign > 0 else "hinders")
+            for link in links
+        ],
+        feeds=[_edge(placed, (kv, head, "", 0.0), _THINNEST, "feeds") for kv, head in _shared(nodes, names)],
+        rows=rows,
+        width=size[0],
+        height=size[1],
+        n_hidden=len(edges) - len(drawn),
+    )  # fmt: skip
+
+
+def _placed(names: list[str]) -> tuple[dict[str, Node], list[tuple[str, float]], tuple[float, float]]:
+    """Return nodes by name, the title and height of each row, and the size of the drawing."""
     levels = sorted({_level(name) for name in names})
     members = {level: sorted((name for name in names if _level(name) == level), key=_number) for level in levels}
     widest = max((len(row) for row in members.values()), default=1)
     width = 2.0 * _MARGIN_X + max(widest - 1, 3) * STEP_X
     height = 2.0 * _MARGIN_Y + max(len(levels) - 1, 0) * STEP_Y
     heights = {level: height - _MARGIN_Y - i * STEP_Y for i, level in enumerate(levels)}
+    middle = (width + _MARGIN_X / 2) / 2
     placed = {
-        name: Node(name, _kind(name), (width + _MARGIN_X / 2) / 2 + (i - (len(row) - 1) / 2) * STEP_X, heights[level])
+        name: Node(name, _kind(name), middle + (i - (len(row) - 1) / 2) * STEP_X, heights[level])
         for level, row in members.items()
         for i, name in enumerate(row)
     }
-    largest = max((abs(score) for *_, score in links), default=1.0) or 1.0
-    return LayeredGraph(
-        nodes=list(placed.values()),
-        edges=[_edge(placed, *link, _THINNEST + (_WIDEST - _THINNEST) * abs(link[3]) / largest) for link in links],
-        feeds=[_edge(placed, kv, head, "", 0.0, _THINNEST) for kv, head in shared],
-        rows=[(_title(level), heights[level]) for level in levels],
-        width=width,
-        height=height,
-        n_hidden=len(edges) - len(drawn),
-    )
+    return placed, [(_title(level), heights[level]) for level in levels], (width, height)
 
 
 def draw(graph: LayeredGraph, axes: Axes) -> None:
@@ -124,8 +135,8 @@ def draw(graph: LayeredGraph, axes: Axes) -> None:
     axes.set_ylim(graph.height, 0)
     codes = [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]
     for edge in [*graph.feeds, *graph.edges]:
-        color = MUTED if not edge.score else _NEGATIVE if edge.score < 0 else SERIES[0]
-        style = ":" if not edge.score else "-"
+        color = _COLOURS[edge.part]
+        style = ":" if edge.part == "feeds" else "-"
         curve = Curve(list(edge.curve), codes)
         axes.add_patch(PathPatch(curve, fill=False, edgecolor=color, lw=edge.width * 0.7, alpha=0.62, linestyle=style))
     for node in graph.nodes:
@@ -139,13 +150,14 @@ def draw(graph: LayeredGraph, axes: Axes) -> None:
         axes.text(6, y, title, va="center", fontsize=7.5, color=MUTED if title else INK)
 
 
-def _edge(placed: dict[str, Node], source: str, target: str, how: str, score: float, width: float) -> Edge:
+def _edge(placed: dict[str, Node], link: tuple[str, str, str, float], width: float, part: str) -> Edge:
+    source, target, how, score = link
     start, end = placed[source], placed[target]
     x0, y0 = start.x, start.y - NODE_HEIGHT / 2
     x1, y1 = end.x + _ENTRY.get(how, 0), end.y + NODE_HEIGHT / 2
     bend = max((y0 - y1) * 0.45, 18.0)
     points = ((x0, y0), (x0, y0 - bend), (x1, y1 + bend), (x1, y1))
-    return Edge(source, target, how, score, round(width, 2), points)
+    return Edge(source, target, how, score, round(width, 2), points, part)
 
 
 def _shared(nodes: pd.DataFrame, names: list[str]) -> list[tuple[str, str]]:

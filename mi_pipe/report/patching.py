@@ -38,13 +38,13 @@ def page(artifacts: Sequence[PatchEffects]) -> Page:
 def _section(effects: PatchEffects) -> tuple[dict[str, Any], list[Figure]]:
     stem = slug(effects.id)
     lengths = effects.pairs["n_pos"].value_counts(sort=True).head(_MAX_LENGTHS)
-    groups, figures = [], [_base_runs(effects, stem)]
+    heads = [_heatmap(effects, "head_out", None, stem)] if "head_out" in effects.units else []
+    groups, figures = [], [figure for pair in heads for figure in pair]
     for n_pos, n_pairs in lengths.items():
         drawn = [_heatmap(effects, unit, int(str(n_pos)), stem) for unit in effects.units if unit != "head_out"]
         groups.append({"n_pos": n_pos, "n_pairs": n_pairs, "figures": _names(drawn)})
         figures += [figure for pair in drawn for figure in pair]
-    heads = [_heatmap(effects, "head_out", None, stem)] if "head_out" in effects.units else []
-    figures += [figure for pair in heads for figure in pair]
+    base = _base_runs(effects, stem)
     section = {
         "name": name_of(effects),
         "id": effects.id,
@@ -55,9 +55,9 @@ def _section(effects: PatchEffects) -> tuple[dict[str, Any], list[Figure]]:
         "n_more": effects.pairs["n_pos"].nunique() - len(lengths),
         "heads": _names(heads),
         "pairs": effects.pairs,
-        "base": figures[0].name,
+        "base": base.name,
     }
-    return section, figures
+    return section, [*figures, base]
 
 
 def _names(pairs: Sequence[tuple[Figure, Figure]]) -> list[tuple[str, str]]:

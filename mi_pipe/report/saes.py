@@ -61,6 +61,7 @@ def _curve(training: pd.DataFrame, column: str) -> Figure:
         by="sae",
         x_title="training tokens",
         y_title=y_title,
+        from_zero=not is_log,
         log_y=is_log and bool((thinned[column] > 0).all()),
     )
 

@@ -95,7 +95,7 @@
       span.classList.toggle("is-kept", other === kept);
       if (value > best[1]) best = [other, value];
     });
-    const named = (place) => `“${visible(labels()[place])}”`;
+    const named = (place) => `“${visible(labels()[place].trim() || labels()[place])}”`;
     by("reading-title").textContent = isQuery
       ? `${named(token)} looks most at ${named(best[0])} (${number(best[1])})`
       : `${named(token)} is looked at most by ${named(best[0])} (${number(best[1])})`;

@@ -23,7 +23,7 @@ for (const drawing of document.querySelectorAll("[data-circuit]")) {
 
   function tell(name) {
     const found = edges.filter((edge) => touches(edge, name)).sort((a, b) => Math.abs(b.score) - Math.abs(a.score));
-    const row = (edge) => el("li", {}, el("span", { class: "key is-" + edge.sign }), ` ${edge.source} → ${edge.target}${edge.how ? " (" + edge.how + ")" : ""} `, el("span", { class: "num" }, number(edge.score)));
+    const row = (edge) => el("li", {}, el("span", { class: "key is-" + edge.part }), ` ${edge.source} → ${edge.target}${edge.how ? " (" + edge.how + ")" : ""} `, el("span", { class: "num" }, number(edge.score)));
     const part = (title, rows) => rows.length ? el("div", {}, el("h3", {}, title), el("ol", {}, ...rows.map(row))) : null;
     listing.replaceChildren(...[part(`Into ${name}`, found.filter((edge) => edge.target === name)), part(`Out of ${name}`, found.filter((edge) => edge.source === name))].filter(Boolean));
     listing.hidden = false;

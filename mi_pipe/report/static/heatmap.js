@@ -1,7 +1,7 @@
 "use strict";
 /* Heatmaps on canvas with labels, a tip for each cell, and arrow keys; the static image stays where there is no script. */
 (() => {
-  const MAX_CELL = 44, MIN_CELL = 9, FONT = 11;
+  const MAX_CELL = 64, MIN_CELL = 9, FONT = 11;
 
   /** Draw `view` into `host`; `options.onpick(row, column)` on click or Enter, `onmove` on hover. */
   function heatmap(host, view, options = {}) {
@@ -20,8 +20,8 @@
       const bottom = (slanted ? Math.min(longest(view.columns), 110) * 0.87 + 10 : 16) + 18;
       const room = (host.clientWidth || 600) - left - 6;
       const width = Math.min(Math.max(Math.floor(room / n.columns), MIN_CELL), options.cell || MAX_CELL);
-      const height = options.square ? width : Math.min(Math.max(width, 16), options.cell || 28);
-      layout = { left, bottom, width, height, slanted, top: 4 };
+      const height = options.square ? width : Math.min(Math.max(width, 16), options.cell || 32);
+      layout = { left, bottom, width, height, slanted, longest: longest(view.columns), top: 4 };
       layout.w = left + width * n.columns + (slanted ? 6 : 4);
       layout.h = layout.top + height * n.rows + bottom;
     }
@@ -50,7 +50,7 @@
       pen.font = FONT + "px " + miPipe.css("--sans"); pen.fillStyle = miPipe.css("--muted");
       pen.textBaseline = "middle"; pen.textAlign = "right";
       const every = (size, needed) => Math.max(1, Math.ceil(needed / size));
-      const rowStep = every(height, 12), columnStep = every(width, slanted ? 12 : 20);
+      const rowStep = every(height, 12), columnStep = every(width, slanted ? 12 : layout.longest + 4);
       for (let r = 0; r < n.rows; r += rowStep) pen.fillText(view.rows[r], left - 6, top + (r + 0.5) * height, left - 22);
       for (let c = 0; c < n.columns; c += columnStep) {
         pen.save();
