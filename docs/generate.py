@@ -1,9 +1,13 @@
-"""Write docs/cli.md from the commands' own --help and docs/recipes.md from the config fields; --check compares.
+"""Write what can be written from the code: docs/cli.md, docs/recipes.md and the README's file tree.
+
+The commands' own --help, the config fields and the modules' docstrings are the sources.
 
 python -m docs.generate            write
 python -m docs.generate --check    fail if a page differs from the code
 """
 
+import ast
+import re
 import sys
 import types
 import typing
@@ -17,7 +21,9 @@ from pydantic_core import PydanticUndefined
 from flows.cli import cli
 from flows.recipe import Recipe
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
+_TREE_BEGIN = "<!-- tree: written by `python -m docs.generate` -->"
+_TREE_END = "<!-- end of tree -->"
 
 
 def cli_page() -> str:
@@ -94,14 +100,37 @@ def _default(field: Any) -> str:
     return "" if field.default is None else f"`{field.default}`"
 
 
-PAGES = {"cli.md": cli_page, "recipes.md": recipes_page}
+def readme() -> str:
+    """Return the README with its file tree as the code is now."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, rest = text.split(_TREE_BEGIN)
+    after = rest.split(_TREE_END)[1]
+    return f"{before}{_TREE_BEGIN}\n{_tree()}{_TREE_END}{after}"
+
+
+def _tree() -> str:
+    lines = ["```"]
+    for top in ("flows", "stages", "mi_pipe"):
+        for folder in sorted({path.parent for path in (ROOT / top).rglob("*.py")}):
+            lines.append(f"{folder.relative_to(ROOT).as_posix()}/")
+            for path in sorted(folder.glob("*.py")):
+                lines.append(f"    {path.name:<24} {_phrase(path)}".rstrip())
+    return "\n".join([*lines, "```", ""])
+
+
+def _phrase(path: Path) -> str:
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"(?<=[.:;])\s", doc.strip().replace("\n", " "), maxsplit=1)[0].rstrip(".:;")
+
+
+PAGES = {"docs/cli.md": cli_page, "docs/recipes.md": recipes_page, "README.md": readme}
 
 
 def main(arguments: list[str]) -> int:
     """Write or check the pages; returns the exit code."""
     stale = []
     for name, make in PAGES.items():
-        path, text = HERE / name, make()
+        path, text = ROOT / name, make()
         if "--check" not in arguments:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:

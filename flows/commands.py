@@ -14,7 +14,6 @@ from flows.quiet import quiet
 quiet()
 
 import yaml  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -23,7 +22,7 @@ from flows.planning import as_row  # noqa: E402
 from flows.preflight import prepare  # noqa: E402
 from flows.recipe import load_recipe  # noqa: E402
 from flows.runner import StepReport, run_diagram, run_step  # noqa: E402
-from flows.terminal import Screen  # noqa: E402
+from flows.terminal import Screen, results_console  # noqa: E402
 from mi_pipe.core.artifact import Artifact, format_size  # noqa: E402
 from mi_pipe.core.errors import ArtifactNotFoundError, MiPipeError  # noqa: E402
 from mi_pipe.core.progress import Progress  # noqa: E402
@@ -31,7 +30,7 @@ from mi_pipe.core.store import Store  # noqa: E402
 from mi_pipe.models.pulled import PULLABLE, pull_model  # noqa: E402
 from mi_pipe.opening import open_artifact  # noqa: E402
 
-_out = Console(highlight=False, soft_wrap=True)
+_out = results_console()
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 

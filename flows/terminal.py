@@ -15,7 +15,13 @@ from mi_pipe.core.progress import Tick
 _MARKS = {"Cached": "[dim]=[/]", "Resumed": "[green]+[/]", "Completed": "[green]+[/]", "Failed": "[red]x[/]"}
 _COLOURS = {"cached": "dim", "resume": "yellow", "run": "green", "wait": "red"}
 _LINE_EVERY_S = 60.0
+_FILE_WIDTH = 200
 _MOST_FIGURES = 4
+
+
+def results_console() -> Console:
+    """Return the console for results: as wide as the terminal, or wide enough for a table in a file or pipe."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
 class Screen:
@@ -23,7 +29,7 @@ class Screen:
 
     def __init__(self) -> None:
         """Write results to stdout and progress to stderr."""
-        self.out = Console(highlight=False, soft_wrap=True)
+        self.out = results_console()
         err = Console(stderr=True)
         columns = (
             TextColumn("  {task.description}"),
