@@ -26,6 +26,18 @@ def random_pairs(n_pairs: int = 3, n_pos: int = 8, d_vocab: int = 97, shared: in
     return PairGroup(np.arange(n_pairs), clean, corrupted, answer, wrong, [f"w{t}" for t in clean[0].tolist()])
 
 
+def token_pairs(clean: list[int], corrupted: list[int], answer: int, wrong: int) -> PairGroup:
+    """Make a group of one pair."""
+    return PairGroup(
+        np.arange(1),
+        torch.tensor([clean]),
+        torch.tensor([corrupted]),
+        torch.tensor([answer]),
+        torch.tensor([wrong]),
+        [str(token) for token in clean],
+    )
+
+
 def brute_force(model: Model, group: PairGroup, unit: str, direction: str = "denoising") -> np.ndarray:
     """Patch each (pair, layer, column) alone with a plain hook and a whole forward pass."""
     base, donor = (group.corrupted, group.clean) if direction == "denoising" else (group.clean, group.corrupted)
