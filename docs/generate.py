@@ -113,8 +113,7 @@ def _tree() -> str:
     for top in ("flows", "stages", "mi_pipe"):
         for folder in sorted({path.parent for path in (ROOT / top).rglob("*.py")}):
             lines.append(f"{folder.relative_to(ROOT).as_posix()}/")
-            for path in sorted(folder.glob("*.py")):
-                lines.append(f"    {path.name:<24} {_phrase(path)}".rstrip())
+            lines += [f"    {path.name:<24} {_phrase(path)}" for path in sorted(folder.glob("*.py"))]
     return "\n".join([*lines, "```", ""])
 
 

@@ -24,8 +24,8 @@ _FUSED_PROBE_LAYERS = 2
 
 
 def load_model(handle: ModelHandle, device: str | None = None, dtype: DType | None = None) -> Model:
-    """Load a model on `device` (default: the handle's) in `dtype`; raises ModelError if it cannot be loaded."""
-    target = pick_device(device or handle.device)
+    """Load a model on `device` (None or "auto": the handle's) in `dtype`; raises ModelError if it cannot be loaded."""
+    target = pick_device(handle.device if device in (None, "auto") else device)
     kind = torch_dtype(dtype or handle.dtype)
     module, tokenizer = _load_plain(handle, kind)
     return wrap_hf_model(module.to(target), tokenizer, handle.name)
