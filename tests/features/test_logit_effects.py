@@ -122,3 +122,17 @@ def test_hugging_face_models_of_three_families_are_folded():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2)).transformer.ln_f
     kinds = [fold_norm(randomised(norm), 16, torch.zeros(1)).is_centred for norm in (llama, gemma, gpt2)]
     assert kinds == [False, False, True]
+
+
+@pytest.mark.real_model
+def test_on_smollm2_a_direction_made_of_a_tokens_unembedding_promotes_that_token(smollm2):
+    from mi_pipe.models.source import load_source
+
+    model = load_source(smollm2, "cpu")
+    norm = fold_norm(model.final_norm, model.info.d_model, model.W_U)
+    torch.testing.assert_close(norm.weight, model.final_norm.weight.float(), rtol=1e-4, atol=1e-5)
+    assert not norm.is_centred
+    tokens = [model.vocabulary.encode(text)[0] for text in (" Paris", " Monday", " return")]
+    directions = model.W_U[:, tokens].T / norm.weight
+    found = logit_effects(directions, norm, model.W_U, 3)
+    assert found.promoted[:, 0].tolist() == tokens
