@@ -56,8 +56,8 @@ class EdgeScores:
     @classmethod
     def of(cls, scores: Float[Tensor, "pair writer reader"]) -> "EdgeScores":
         """Sum the scores of some pairs."""
-        wide = scores.double()
-        return cls(wide.sum(0).cpu().numpy(), wide.square().sum(0).cpu().numpy(), len(scores))
+        exact = scores.cpu().double()
+        return cls(exact.sum(0).numpy(), exact.square().sum(0).numpy(), len(scores))
 
     @classmethod
     def summed(cls, some: Sequence["EdgeScores"]) -> "EdgeScores":

@@ -1,7 +1,10 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
+from mi_pipe.circuits.eap import score_edges
 from mi_pipe.circuits.faithfulness import CircuitRunner, base_metrics, bootstrap_interval, normalised_faithfulness
 from mi_pipe.circuits.parts import find_parts
 from mi_pipe.circuits.prune import prune
@@ -71,9 +74,21 @@ def test_running_a_circuit_leaves_the_model_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.module.modules())
 
 
-def test_single_precision_keeps_the_identities():
-    import copy
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_identities_as_far_as_it_goes(dtype):
+    model, pairs = copy.deepcopy(tiny.model("llama_gqa")), tiny.pairs()
+    model.module.to(dtype)
+    parts = find_parts(model)
+    clean, corrupted = base_metrics(parts, pairs)
+    gap = float((clean - corrupted).abs().max())
+    runner = CircuitRunner(parts, pairs)
+    torch.testing.assert_close(runner.metric(parts.graph.edge_mask), clean, rtol=0, atol=0.03 * gap)
+    assert torch.equal(runner.metric(np.zeros_like(parts.graph.edge_mask)), corrupted)
+    exact = score_edges(find_parts(tiny.model("llama_gqa")), pairs)
+    assert float((score_edges(parts, pairs) - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
+
+def test_single_precision_keeps_the_identities():
     model, pairs = copy.deepcopy(tiny.model("llama_gqa")), tiny.pairs()
     model.module.float()
     parts = find_parts(model)

@@ -32,6 +32,7 @@ HF_CONFIGS = {
     "gpt2": GPT2Config(**GPT),
     "neox": GPTNeoXConfig(**SIZES, **MORE),
     "llama_gqa": LlamaConfig(**SIZES, num_key_value_heads=2, **MORE),
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=4, **MORE),
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, **MORE),
     "phi": PhiConfig(**SIZES | {"hidden_size": 32}, **MORE),
     "gemma2": Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, **MORE),
