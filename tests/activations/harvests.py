@@ -17,9 +17,9 @@ RESIDUAL, HEADS = "blocks.0.hook_resid_post", "blocks.1.attn.hook_z"
 
 
 def random_prompts(store: Store, lengths: list[int], d_vocab: int = 64, seed: int = 0) -> PromptSet:
-    """Publish prompts of random tokens with the given lengths."""
+    """Publish prompts of random tokens with the given lengths; the first `d_vocab` begin with different tokens."""
     rng = np.random.default_rng(seed)
-    prompts = [rng.integers(0, d_vocab, n) for n in lengths]
+    prompts = [np.append(i % d_vocab, rng.integers(0, d_vocab, n - 1)) for i, n in enumerate(lengths)]
     frame = pd.DataFrame({"n_tokens": lengths, "source": "random"})
     name = hashlib.sha256(repr((lengths, d_vocab, seed)).encode()).hexdigest()[:16]
     return _prompt_set(store, name, "corpus", prompts, frame)
