@@ -17,11 +17,11 @@ HOOK = "blocks.0.hook_resid_post"
 def test_planted_features_are_recovered(architecture):
     rows, dictionary = planted(8192, d_in=32, n_features=48, n_active=3)
     spec = SAESpec(HOOK, architecture, 3, 96, 0)
-    group = make_group(rows, [spec], n_steps=1500, batch_rows=256)
-    curve = train(group, rows, 1500, 256)
+    group = make_group(rows, [spec], n_steps=400, batch_rows=256, lr=6e-3)
+    curve = train(group, rows, 400, 256)
     sae = group.folded()[spec.name]
     matched = (dictionary @ sae.W_dec.T).max(1).values
-    assert matched.mean() > 0.9
+    assert matched.min() > 0.95
     figures = evaluate_rows(sae, [rows])
     assert figures.fvu < 0.1
     assert figures.l0 == pytest.approx(3, rel=0.2)
@@ -56,9 +56,9 @@ def test_auxk_brings_dead_features_back():
 
     def dead_after(coefficient):
         spec = SAESpec(HOOK, "topk", 3, 64, 0)
-        group = make_group(rows, [spec], 800, 128, auxk_coefficient=coefficient)
+        group = make_group(rows, [spec], 400, 128, auxk_coefficient=coefficient)
         group.trainers[spec.name].params.b_enc[:48] = -3.0
-        return train(group, rows, 800, 128)[-1]["dead_fraction"]
+        return train(group, rows, 400, 128)[-1]["dead_fraction"]
 
     without = dead_after(0.0)
     assert without > 0.4
