@@ -125,14 +125,24 @@ def test_hugging_face_models_of_three_families_are_folded():
 
 
 @pytest.mark.real_model
-def test_on_smollm2_a_direction_made_of_a_tokens_unembedding_promotes_that_token(smollm2):
+def test_on_smollm2_the_logits_move_by_the_effect_when_a_direction_is_added_to_the_residual(smollm2):
     from mi_pipe.models.source import load_source
 
     model = load_source(smollm2, "cpu")
     norm = fold_norm(model.final_norm, model.info.d_model, model.W_U)
     torch.testing.assert_close(norm.weight, model.final_norm.weight.float(), rtol=1e-4, atol=1e-5)
     assert not norm.is_centred
-    tokens = [model.vocabulary.encode(text)[0] for text in (" Paris", " Monday", " return")]
-    directions = model.W_U[:, tokens].T / norm.weight
-    found = logit_effects(directions, norm, model.W_U, 3)
-    assert found.promoted[:, 0].tolist() == tokens
+    generator = torch.Generator().manual_seed(0)
+    resid = torch.randn(model.info.d_model, generator=generator)
+    # Across the residual, so that the norm's scale stays as it is up to second order.
+    direction = torch.randn(model.info.d_model, generator=generator)
+    direction -= (direction @ resid) / (resid @ resid) * resid
+    found = logit_effects(direction[None], norm, model.W_U, 5)
+
+    def logits(step):
+        return model.unembedding(model.final_norm(resid + step * direction))
+
+    moved = (logits(0.01) - logits(-0.01)) / 0.02 * resid.square().mean().sqrt()
+    assert found.promoted[0, 0] == moved.argmax()
+    assert found.suppressed[0, 0] == moved.argmin()
+    np.testing.assert_allclose(found.promoted_effect[0], moved[found.promoted[0]], rtol=5e-3)
