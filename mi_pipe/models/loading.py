@@ -146,9 +146,8 @@ def _load_plain(handle: ModelHandle, dtype: torch.dtype) -> tuple[nn.Module, Any
     place, options = _place(handle)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        module = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **options
-        )
+        # transformers chooses SDPA attention where the model has it, and eager where not (Gemma 2, GPT-J).
+        module = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"Model {handle.name!r} cannot be loaded: {error}") from error
     return module, tokenizer

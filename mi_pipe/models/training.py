@@ -24,9 +24,9 @@ from mi_pipe.core.progress import Progress
 class OptimizerConfig(Config):
     """AdamW (Loshchilov and Hutter 2019) under a linear warm-up and a cosine decay."""
 
-    lr: PositiveFloat = 3e-3
+    lr: PositiveFloat = 1e-2
     """Highest learning rate."""
-    n_warmup: int = Field(default=50, ge=0)
+    n_warmup: int = Field(default=100, ge=0)
     """Steps of linear warm-up."""
     final_lr_fraction: float = Field(default=0.1, ge=0, le=1)
     """Learning rate of the last step, as a fraction of the highest."""
