@@ -40,7 +40,7 @@ def run(config: PromptConfig, inputs: Inputs, work: Workspace) -> dict[str, Scal
     """Tokenise and write; raises PromptError if prompts cannot be read, expressed, or are too long."""
     work.ledger.expect(1)
     vocabulary = source_vocabulary(inputs.model)
-    prompts = encode_prompts(config, vocabulary)
+    prompts = encode_prompts(config, vocabulary, work.progress)
     _check_lengths(prompts, inputs.model)
     work.write_table(TOKENS_FILE, prompts.token_frame(vocabulary))
     work.write_table(PROMPTS_FILE, prompts.prompt_frame())

@@ -78,9 +78,9 @@ class RepeatedDataConfig(Config):
     """Fewest tokens of a sequence; each step draws one length for its batch."""
     max_length: int = Field(default=100, ge=4)
     """Most tokens of a sequence."""
-    min_period: int = Field(default=4, ge=2)
+    min_period: int = Field(default=6, ge=2)
     """Fewest tokens of a block before it repeats; each sequence draws its own."""
-    max_period: int = Field(default=40, ge=2)
+    max_period: int = Field(default=44, ge=2)
     """Most tokens of a block before it repeats."""
 
     @model_validator(mode="after")
@@ -110,7 +110,7 @@ class TrainModelConfig(Config):
     """What it is trained on."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How it is trained."""
-    n_steps: PositiveInt = 900
+    n_steps: PositiveInt = 700
     """Steps of training."""
     seed: int = Field(default=0, ge=0)
     """Seed of the weights and of every batch."""

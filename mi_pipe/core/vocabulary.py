@@ -31,6 +31,12 @@ def texts(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[str]:
 
 
 def single_token(vocabulary: Vocabulary, text: str) -> int | None:
-    """Return the id of the one token that is `text`, or None if it takes several (or none)."""
-    ids = vocabulary.encode(text)
-    return ids[0] if len(ids) == 1 else None
+    """Return the id of the one token that is `text`, or None if it takes several (or none, or an unknown-token)."""
+    return spelled_by_one(vocabulary, text, vocabulary.encode(text))
+
+
+def spelled_by_one(vocabulary: Vocabulary, text: str, token_ids: Sequence[int]) -> int | None:
+    """Return the one token of `text` if it has one that reads back as the text; tokenizers may drop what is unknown."""
+    if len(token_ids) == 1 and vocabulary.text(token_ids[0]).strip() == text.strip():
+        return token_ids[0]
+    return None

@@ -4,14 +4,15 @@ The token table is built without a loop over tokens: each distinct token's text 
 text column is a dictionary of these with codes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from mi_pipe.core.vocabulary import Vocabulary, texts
+from mi_pipe.core.errors import PromptError
+from mi_pipe.core.vocabulary import Vocabulary, spelled_by_one, texts
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ class EncodedPrompts:
         )
 
 
-def encode_rows(rows: Sequence[Int[np.ndarray, " token"]], table: pd.DataFrame, dropped: dict[str, int]):
+def encode_rows(
+    rows: Iterable[Int[np.ndarray, " token"]], table: pd.DataFrame, dropped: dict[str, int]
+) -> EncodedPrompts:
     """Return the prompts of token rows, one table row each."""
+    rows = list(rows)
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
     token_ids = np.concatenate(rows).astype(np.int32) if rows else np.zeros(0, np.int32)
     return EncodedPrompts(token_ids, offsets, table, dropped)
@@ -70,3 +74,19 @@ def text_column(token_ids: Int[np.ndarray, " token"], vocabulary: Vocabulary) ->
     distinct, which = np.unique(token_ids, return_inverse=True)
     text_of, categories = pd.factorize(np.array(texts(vocabulary, distinct.tolist()), dtype=object))
     return pd.Categorical.from_codes(text_of[which], categories=[str(text) for text in categories])
+
+
+def encode_texts(vocabulary: Vocabulary, lines: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each text; raises PromptError if the model's tokens are no text at all."""
+    try:
+        return vocabulary.encode_many(lines)
+    except ValueError as error:
+        raise PromptError(
+            "The model reads numbers, not text. Use the families repeated and induction with it, or another model."
+        ) from error
+
+
+def encode_single_tokens(vocabulary: Vocabulary, words: Sequence[str]) -> list[int | None]:
+    """Return the one token of each word, or None; raises as `encode_texts` does."""
+    encoded = encode_texts(vocabulary, words)
+    return [spelled_by_one(vocabulary, word, ids) for word, ids in zip(words, encoded, strict=True)]

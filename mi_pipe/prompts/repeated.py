@@ -30,9 +30,9 @@ class RepeatedConfig(PromptConfig):
     """Number of sequences."""
     length: int = Field(default=96, ge=4)
     """Tokens of each sequence, BOS not counted."""
-    min_period: int = Field(default=8, ge=2)
+    min_period: int = Field(default=6, ge=2)
     """Fewest tokens of a block before it repeats; each sequence draws its own period."""
-    max_period: int = Field(default=30, ge=2)
+    max_period: int = Field(default=40, ge=2)
     """Most tokens of a block before it repeats."""
     seed: int = Field(default=0, ge=0)
     """Seed of the random tokens."""

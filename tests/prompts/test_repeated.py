@@ -56,5 +56,5 @@ def test_a_period_longer_than_the_vocabulary_is_refused_with_both_numbers():
 
 
 def test_periods_that_do_not_fit_the_length_are_refused():
-    with pytest.raises(ValidationError, match="max_period 30 < length 30"):
+    with pytest.raises(ValidationError, match="max_period 40 < length 30"):
         RepeatedConfig(length=30)

@@ -129,7 +129,7 @@ def test_sizes_that_do_not_fit_together_are_refused():
         RepeatedDataConfig(min_length=40, max_period=40)
     with pytest.raises(ValidationError, match=r"data.max_length 100 is more than model.n_ctx 64"):
         TrainModelConfig(model=ToyConfig(n_ctx=64))
-    with pytest.raises(ValidationError, match=r"data.max_period 40 is more than model.d_vocab 32"):
+    with pytest.raises(ValidationError, match=r"data.max_period 44 is more than model.d_vocab 32"):
         TrainModelConfig(model=ToyConfig(d_vocab=32))
 
 
