@@ -1,5 +1,6 @@
 """The page of stored activations: what was kept, how large it is, which rows are massive, what precision cost."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from mi_pipe.report.page import Page
 _N_SAMPLED = 4096
 _N_BLOCKS = 8
 _N_TOKENS = 12
+_N_POSITIONS = 5
 _PRECISION_FILE = "precision.json"
 
 
@@ -62,16 +64,17 @@ def _massive_tokens(store: ActivationStore) -> list[dict[str, Any]]:
     """Return for each hook point with massive rows the tokens and positions they stand on."""
     found = []
     for hook in store.hooks:
-        rows = store.table(["pos", "text"])[store.massive(hook)]
-        if rows.empty:
+        is_massive = store.massive(hook)
+        if not is_massive.any():
             continue
-        texts, places = rows["text"].astype(str).value_counts(), rows["pos"].value_counts()
+        rows = store.table(["pos", "text"])
+        texts, places = Counter(rows["text"].to_numpy()[is_massive]), Counter(rows["pos"].to_numpy()[is_massive])
         found.append(
             {
                 "hook": hook,
-                "n_rows": len(rows),
-                "tokens": [(str(text), int(n)) for text, n in texts.head(_N_TOKENS).items()],
-                "positions": [(int(str(pos)), int(n)) for pos, n in places.head(5).items()],
+                "n_rows": int(is_massive.sum()),
+                "tokens": [(str(text), n) for text, n in texts.most_common(_N_TOKENS)],
+                "positions": [(int(pos), n) for pos, n in places.most_common(_N_POSITIONS)],
             }
         )
     return found

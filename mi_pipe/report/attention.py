@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from mi_pipe.attention.head_scores import HeadScores
-from mi_pipe.report.figures import Figure, colour_stops, heatmap
+from mi_pipe.report.figures import Figure
+from mi_pipe.report.heatmaps import colour_stops, heatmap
 from mi_pipe.report.html import slug
 from mi_pipe.report.page import Page
 

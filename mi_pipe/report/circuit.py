@@ -8,11 +8,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mi_pipe.core.artifact import Artifact
-from mi_pipe.report.figures import GRID, MUTED, SERIES, Figure, log_scale
+from mi_pipe.report.figures import Figure
 from mi_pipe.report.html import slug
-from mi_pipe.report.layered import LayeredGraph, draw, layered_graph
+from mi_pipe.report.layered import LayeredGraph, by_strength, draw, layered_graph
 from mi_pipe.report.naming import name_of
 from mi_pipe.report.page import Page
+from mi_pipe.report.style import GRID, MUTED, SERIES, log_scale
 
 _N_STRONGEST = 20
 _SHOWN = ["source", "target", "score", "standard_error", "in_circuit"]
@@ -26,7 +27,7 @@ def page(artifacts: Sequence[Artifact]) -> Page:
     for artifact in artifacts:
         stem, edges = slug(artifact.id), artifact.read_table("edges.parquet")
         nodes = artifact.read_table("nodes.parquet")
-        circuit = edges[edges["in_circuit"]]
+        circuit = edges.loc[edges["in_circuit"].to_numpy()]
         helping_sign = -1.0 if artifact.read_json("circuit.json").get("direction") == "noising" else 1.0
         graph = layered_graph(circuit, nodes, helping_sign)
         drawing, curve = _drawing(graph, circuit, stem), _faithfulness(artifact, stem)
@@ -55,9 +56,8 @@ def _shown(edge: Any) -> dict[str, Any]:
 
 
 def _strongest(edges: pd.DataFrame) -> pd.DataFrame:
-    order = edges["score"].abs().sort_values(ascending=False, kind="stable").index
     shown = [column for column in _SHOWN if column in edges]
-    return edges.loc[order[:_N_STRONGEST], shown]
+    return by_strength(edges).head(_N_STRONGEST).loc[:, shown]
 
 
 def _drawing(graph: LayeredGraph, circuit: pd.DataFrame, stem: str) -> Figure:
@@ -74,7 +74,8 @@ def _drawing(graph: LayeredGraph, circuit: pd.DataFrame, stem: str) -> Figure:
 
 def _faithfulness(artifact: Artifact, stem: str) -> Figure:
     table = artifact.read_table("faithfulness.parquet")
-    at = table["faithfulness"].sub(artifact.summary.get("faithfulness", np.nan)).abs()  # pyright: ignore[reportArgumentType]
+    chosen = float(artifact.summary.get("faithfulness") or np.nan)
+    away = np.abs(table["faithfulness"].to_numpy(float) - chosen)
 
     def plot(axes: Axes) -> None:
         axes.axhline(1, color=GRID, linewidth=1.2)
@@ -87,8 +88,8 @@ def _faithfulness(artifact: Artifact, stem: str) -> Figure:
                 table["n_edges"], table["random_faithfulness"], color=MUTED, marker="s", markersize=3.5,
                 linestyle="--", label="random edges",
             )  # fmt: skip
-        if at.notna().any():
-            best = table.loc[at.idxmin()]
+        if np.isfinite(away).any():
+            best = table.iloc[int(np.nanargmin(away))]
             axes.scatter(
                 [best["n_edges"]], [best["faithfulness"]], s=150, facecolors="none", edgecolors=SERIES[1],
                 linewidths=2, zorder=5, label="the circuit above",

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from mi_pipe.report.figures import rounded
+from mi_pipe.report.html import rounded
 
 DIGITS = 4
 _TOP = "top"
@@ -91,7 +91,7 @@ def read_examples(path: Path, sae: str, features: Int[np.ndarray, " feature"]) -
     table = table.take(pa.array(order)).combine_chunks()
     windows, strengths = (_flat(table[name]) for name in ("tokens", "activations"))
     encoded = _flat_values(windows).dictionary_encode()
-    lengths = pc.list_value_length(windows).to_numpy(zero_copy_only=False)
+    lengths = pc.call_function("list_value_length", [windows]).to_numpy(zero_copy_only=False)
     return Examples(
         feature=_array(table["feature"]),
         group=table["group"].to_pylist(),
@@ -141,8 +141,8 @@ def chunk(
 
 def _chosen(path: Path, sae: str, features: Int[np.ndarray, " feature"], order: list[tuple[str, str]]) -> pa.Table:
     table = pq.read_table(path, filters=[("sae", "=", sae)])
-    is_chosen = pc.is_in(table["feature"], value_set=pa.array(features, table["feature"].type))
-    return table.filter(is_chosen).sort_by(order)
+    is_chosen = np.isin(_array(table["feature"]), features)
+    return table.filter(pa.array(is_chosen)).sort_by(order)
 
 
 def _array(column: pa.ChunkedArray) -> np.ndarray:

@@ -13,8 +13,8 @@ import pandas as pd
 
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.report.dashboards import DIGITS, Effects, Examples, chunk, read_effects, read_examples
-from mi_pipe.report.figures import Figure, histogram, rounded
-from mi_pipe.report.html import slug
+from mi_pipe.report.figures import Figure, histogram
+from mi_pipe.report.html import rounded, slug
 from mi_pipe.report.page import Page
 
 CHUNK = 50
@@ -35,7 +35,7 @@ def page(sets: Sequence[Artifact], n_features: int) -> Page:
             "name": name,
             "key": _key(artifact, name),
             "n_features": len(rows),
-            "n_dead": int(rows["is_dead"].sum()),
+            "n_dead": int(rows["is_dead"].to_numpy(bool).sum()),
             "chunk": CHUNK,
         }
         for artifact, name, rows in saes
@@ -51,7 +51,9 @@ def page(sets: Sequence[Artifact], n_features: int) -> Page:
 
 def chosen(rows: pd.DataFrame, n_features: int) -> np.ndarray:
     """Return the numbers of the features that get a dashboard, ascending; dead features get none."""
-    alive = rows[~rows["is_dead"]].sort_values(["density", "feature"], kind="stable")["feature"].to_numpy()
+    numbers, density = rows["feature"].to_numpy(), rows["density"].to_numpy()
+    alive = numbers[np.lexsort([numbers, density])]
+    alive = alive[~np.isin(alive, numbers[rows["is_dead"].to_numpy(bool)])]
     if len(alive) > n_features:
         alive = alive[np.linspace(0, len(alive) - 1, n_features).round().astype(int)]
     return np.sort(alive)
@@ -92,7 +94,7 @@ def _index(rows: pd.DataFrame, numbers: np.ndarray, examples: Examples, effects:
 
 
 def _densities(saes: Sequence[_Sae]) -> Figure:
-    values = {name: np.log10(rows["density"][rows["density"] > 0].to_numpy(float)) for _, name, rows in saes}
+    values = {name: _log_positive(rows["density"].to_numpy(float)) for _, name, rows in saes}
     return histogram(
         "density",
         "How often features fire",
@@ -105,7 +107,7 @@ def _densities(saes: Sequence[_Sae]) -> Figure:
 
 
 def _maxima(saes: Sequence[_Sae]) -> Figure:
-    values = {name: rows["max_activation"][~rows["is_dead"]].to_numpy(float) for _, name, rows in saes}
+    values = {name: rows["max_activation"].to_numpy(float)[~rows["is_dead"].to_numpy(bool)] for _, name, rows in saes}
     return histogram(
         "max-activation",
         "How strongly features fire at most",
@@ -114,3 +116,7 @@ def _maxima(saes: Sequence[_Sae]) -> Figure:
         x_title="largest activation",
         y_title="features",
     )
+
+
+def _log_positive(values: np.ndarray) -> np.ndarray:
+    return np.log10(values[values > 0])

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from mi_pipe.core.artifact import Artifact
-from mi_pipe.report.figures import Figure, heatmap
+from mi_pipe.report.figures import Figure
+from mi_pipe.report.heatmaps import heatmap
 from mi_pipe.report.html import slug
 from mi_pipe.report.naming import name_of
 from mi_pipe.report.page import Page

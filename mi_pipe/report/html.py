@@ -57,6 +57,12 @@ def visible(token: str) -> str:
     return "".join(_shown(character) for character in token)
 
 
+def shortened(token: str, n_max: int = 24) -> str:
+    """Return `visible(token)`, cut to at most `n_max` characters where it would not fit a figure."""
+    text = visible(token)
+    return text if len(text) <= n_max else f"{text[: n_max - 1]}…"
+
+
 def slug(name: str) -> str:
     """Return `name` as part of a file name: letters, digits, dots, dashes and underscores.
 
@@ -80,6 +86,13 @@ def number(value: Any) -> str:
     if _SMALL <= abs(value) < _LARGE:
         return f"{value:,.{_DIGITS}g}"
     return f"{value:.{_DIGITS - 1}g}"
+
+
+def rounded(values: np.ndarray, digits: int = 5) -> list[Any]:
+    """Return the array as nested lists with numbers of `digits` significant digits, NaN as None."""
+    if values.ndim > 1:
+        return [rounded(part, digits) for part in values]
+    return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values.tolist()]
 
 
 def seconds(value: float) -> str:

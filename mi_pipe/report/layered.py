@@ -8,12 +8,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path as Curve
 
-from mi_pipe.report.figures import INK, MUTED, SERIES
+from mi_pipe.report.style import INK, MUTED, SERIES
 
 MAX_DRAWN = 300
 STEP_X, STEP_Y = 74, 84
@@ -81,14 +82,18 @@ def folded(reader: str) -> tuple[str, str]:
     return (name, how) if how in _ENTRY and name else (reader, "")
 
 
+def by_strength(edges: pd.DataFrame) -> pd.DataFrame:
+    """Return edges by the size of their score, largest first; equals keep their order."""
+    return edges.iloc[np.argsort(-np.abs(edges["score"].to_numpy(float)), kind="stable")]
+
+
 def layered_graph(edges: pd.DataFrame, nodes: pd.DataFrame, helping_sign: float) -> LayeredGraph:
     """Lay out a circuit: its rows of `edges.parquet`, and all of `nodes.parquet`.
 
     `helping_sign` is the sign of the score of an edge that works for the answer: -1 where the score is what
     corrupting the edge does to the metric (noising), else 1.
     """
-    order = edges["score"].abs().sort_values(ascending=False, kind="stable").index
-    drawn = edges.loc[order[:MAX_DRAWN]].iloc[::-1]
+    drawn = by_strength(edges).head(MAX_DRAWN).iloc[::-1]
     links = [
         (str(source), *folded(str(target)), float(score))
         for source, target, score in zip(drawn["source"], drawn["target"], drawn["score"], strict=True)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mi_pipe.patching.effects import PatchEffects
-from mi_pipe.report.figures import Figure, bars, heatmap
+from mi_pipe.report.figures import Figure, histogram
+from mi_pipe.report.heatmaps import heatmap
 from mi_pipe.report.html import slug
 from mi_pipe.report.naming import name_of
 from mi_pipe.report.page import Page
@@ -91,17 +92,14 @@ def _heatmap(effects: PatchEffects, unit: str, n_pos: int | None, stem: str) -> 
 
 
 def _base_runs(effects: PatchEffects, stem: str) -> Figure:
-    table = effects.pairs.groupby("source", sort=True)[["clean", "corrupted"]].mean().reset_index()
-    frame = table.melt(id_vars="source", var_name="run", value_name="logit_diff")
-    frame["label"] = [f"{source}, {run}" for source, run in zip(frame["source"], frame["run"], strict=True)]
-    frame = frame.sort_values(["source", "run"], kind="stable").reset_index(drop=True)
-    clean, corrupted = effects.pairs["clean"].mean(), effects.pairs["corrupted"].mean()
-    return bars(
+    values = {run: effects.pairs[run].to_numpy(float) for run in ("clean", "corrupted")}
+    clean, corrupted = (found.mean() for found in values.values())
+    return histogram(
         f"base-{stem}",
         "Logit difference without patching",
-        f"Bars of the mean logit difference by template; over all {clean:.3g} clean and {corrupted:.3g} corrupted.",
-        frame,
-        "label",
-        "logit_diff",
+        f"Histogram of the logit difference over pairs; the mean is {clean:.3g} clean and {corrupted:.3g} corrupted.",
+        values,
+        n_bins=24,
         x_title="logit of the answer minus logit of the wrong token",
+        y_title="pairs",
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mi_pipe.prompts.prompt_set import PromptSet
@@ -67,14 +68,14 @@ def _marks(row: pd.Series, n_tokens: int) -> list[str]:
 def _figures(prompts: PromptSet) -> list[Figure]:
     stem, lengths = slug(prompts.id), prompts.prompts["n_tokens"]
     found = []
-    if lengths.nunique() > 1:
+    if len(set(lengths)) > 1:
         found.append(
             histogram(
                 f"lengths-{stem}",
                 f"Prompt lengths: {_name(prompts)}",
                 f"Histogram of the number of tokens a prompt, from {lengths.min()} to {lengths.max()}.",
                 {"prompts": lengths.to_numpy()},
-                n_bins=min(int(lengths.max() - lengths.min()) + 1, 40),
+                n_bins=min(int(np.ptp(lengths.to_numpy())) + 1, 40),
                 x_title="tokens",
                 y_title="prompts",
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from mi_pipe.core.artifact import Artifact
@@ -30,7 +31,7 @@ def page(sets: Sequence[Artifact]) -> Page:
             "curves": [figure.name for figure in curves],
             "others": [figure.name for figure in others],
             "evaluation": evaluation,
-            "n_tokens": int(training["tokens"].max()) if "tokens" in training else None,
+            "n_tokens": int(training["tokens"].to_numpy().max()) if "tokens" in training else None,
         },
         figures=[*curves, *others],
         tables={"training": training, "evaluation": evaluation},
@@ -78,7 +79,7 @@ def _trade_off(evaluation: pd.DataFrame) -> Figure:
         "Sparsity against reconstruction",
         f"Scatter of FVU against L0 on held-out prompts, one point for each of {len(evaluation)} SAEs; "
         "lower left is better.",
-        evaluation[["sae", "l0", "fvu"]],
+        evaluation.loc[:, ["sae", "l0", "fvu"]],
         "l0",
         "fvu",
         by="sae",
@@ -89,7 +90,7 @@ def _trade_off(evaluation: pd.DataFrame) -> Figure:
 
 
 def _recovered(evaluation: pd.DataFrame) -> list[Figure]:
-    if "ce_recovered" not in evaluation or evaluation["ce_recovered"].isna().all():
+    if "ce_recovered" not in evaluation or np.isnan(evaluation["ce_recovered"].to_numpy(float)).all():
         return []
     best = evaluation["ce_recovered"].max()
     return [
@@ -97,7 +98,7 @@ def _recovered(evaluation: pd.DataFrame) -> list[Figure]:
             "l0-ce-recovered",
             "Sparsity against cross-entropy recovered",
             f"Scatter of cross-entropy recovered against L0 for {len(evaluation)} SAEs; the best is {best:.3g}.",
-            evaluation[["sae", "l0", "ce_recovered"]],
+            evaluation.loc[:, ["sae", "l0", "ce_recovered"]],
             "l0",
             "ce_recovered",
             by="sae",

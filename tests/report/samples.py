@@ -1,0 +1,194 @@
+"""Small published artifacts of every stage, with tokens, labels and names that try to break out of a page."""
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+
+from mi_pipe.attention.head_scores import HeadScores
+from mi_pipe.attention.pattern_store import write_patterns
+from mi_pipe.circuits.circuit_set import CircuitSet
+from mi_pipe.core.artifact import Artifact
+from mi_pipe.core.manifest import InputRef
+from mi_pipe.core.stage import execute
+from mi_pipe.core.store import Store
+from mi_pipe.core.workspace import Workspace
+from mi_pipe.features.feature_set import FeatureSet
+from mi_pipe.models.trained import TrainedModel
+from mi_pipe.opening import open_artifact
+from mi_pipe.patching.effects import PatchEffects
+from mi_pipe.prompts.prompt_set import PromptSet
+from mi_pipe.prompts.repeated import RepeatedConfig
+from stages import generate_prompts, harvest
+from tests.stages.toys import toy_model
+
+HOSTILE = "</script><img src=x onerror=\"document.title='broken out'\">"
+TOKENS = [" Mary", HOSTILE, " & <b>bold", "\u2028\u2029", "\u202e\x00\n", " 日本", "$x^2$", "${a}", " John", " the"]
+SAE = "L0/<b>&.topk.k2"
+N_LAYERS, N_HEADS, N_POS, N_PAIRS, D_SAE = 2, 3, len(TOKENS), 4, 60
+
+
+def sample_artifacts(store: Store) -> list[Artifact]:
+    """Publish one artifact of each stage but `harvest`, all made of hostile text."""
+    model = publish(store, "train_model", _model, label="model")
+    task = publish(store, "generate_prompts", _task, {"family": "ioi"}, f"prompts.{HOSTILE}", model=model)
+    used = {"model": model, "tasks.0": task}
+    return [
+        TrainedModel(model.path),
+        PromptSet(task.path),
+        Artifact(publish(store, "train_saes", _saes, model=model).path),
+        FeatureSet(publish(store, "score_features", _features, model=model).path),
+        HeadScores(publish(store, "heads", _heads, **used).path),
+        PatchEffects(publish(store, "patch", _effects, {}, f"patch.{HOSTILE}", **used).path),
+        CircuitSet(publish(store, "circuits", _circuit, {}, f"circuits.{HOSTILE}", **used).path),
+    ]
+
+
+def sample_activations(store: Store) -> Artifact:
+    """Harvest a toy by the real stage."""
+    model = TrainedModel(toy_model(store).path)
+    corpus = RepeatedConfig(n_prompts=12, length=20, max_period=8)
+    prompts = PromptSet(execute(generate_prompts.STAGE, corpus, generate_prompts.Inputs(model), store).artifact.path)
+    wanted = harvest.HarvestConfig(
+        hooks=["blocks.0.hook_resid_post"], precision="float32", massive_factor=1.2, device="cpu"
+    )
+    result = execute(harvest.STAGE, wanted, harvest.Inputs(model, prompts), store)
+    return open_artifact(result.artifact.path)
+
+
+def publish(
+    store: Store, stage: str, fill, config: dict | None = None, label: str = "", **inputs: Artifact
+) -> Artifact:
+    """Publish an artifact of `stage` whose files and summary `fill(work)` gives."""
+    artifact_id = f"{stage}-{len(store.published_ids(stage)):016x}"
+    work = Workspace(artifact_id, store.folder(artifact_id), store.scratch(artifact_id))
+    summary = fill(work) or {}
+    refs = {role: InputRef(id=item.id, digest=item.digest) for role, item in inputs.items()}
+    work.publish(stage, 1, label, config or {}, {}, refs, summary)
+    return Artifact(store.folder(artifact_id))
+
+
+def _model(work: Workspace) -> dict:
+    steps = np.arange(50, dtype=np.int32)
+    work.write_json("model_config.json", {"n_layers": N_LAYERS, "n_heads": N_HEADS, "d_model": 32})
+    loss = np.exp(-steps / 20).astype(np.float32)
+    work.write_table("training.parquet", pd.DataFrame({"step": steps, "loss": loss, "induction_loss": loss / 2}))
+    return {"final_loss": 0.08, "note": HOSTILE}
+
+
+def _task(work: Workspace) -> None:
+    n_prompts = 2 * N_PAIRS
+    prompt_idx = np.repeat(np.arange(n_prompts, dtype=np.int32), N_POS)
+    pos = np.tile(np.arange(N_POS, dtype=np.int32), n_prompts)
+    tokens = pd.DataFrame({"prompt_idx": prompt_idx, "pos": pos, "token_id": pos, "text": np.array(TOKENS)[pos]})
+    work.write_table("tokens.parquet", tokens)
+    rows = pd.DataFrame({"prompt_idx": np.arange(n_prompts, dtype=np.int32), "n_tokens": np.int32(N_POS)}).assign(
+        source=[HOSTILE, "template"] * N_PAIRS,
+        pair=np.repeat(np.arange(N_PAIRS, dtype=np.int32), 2),
+        role=["clean", "corrupted"] * N_PAIRS,
+        answer_id=np.int32(0),
+        wrong_id=np.int32(1),
+        answer=" Mary",
+        wrong=HOSTILE,
+        pos_io=pd.array([0] * n_prompts, dtype="Int32"),
+        pos_s2=pd.array([None] * n_prompts, dtype="Int32"),
+    )
+    work.write_table("prompts.parquet", rows)
+    work.write_json("dropped.json", {HOSTILE: 3})
+
+
+def _saes(work: Workspace) -> dict:
+    steps = np.arange(1, 31)
+    training = pd.DataFrame({"sae": SAE, "step": steps, "tokens": steps * 1000, "fvu": 1 / steps, "l0": 2.0})
+    work.write_table("training.parquet", training.assign(dead_fraction=0.1, loss=2 / steps))
+    evaluation = pd.DataFrame({"sae": [SAE], "fvu": [0.1], "l0": [2.0], "ce_recovered": [0.97]})
+    work.write_table("evaluation.parquet", evaluation)
+    return {"fvu_min": 0.1}
+
+
+def _features(work: Workspace) -> dict:
+    features = np.arange(D_SAE, dtype=np.int32)
+    density = np.where(features == 7, 0.0, (features + 1) / 1000)
+    table = pd.DataFrame({"sae": SAE, "feature": features, "density": density, "mean_activation": 1.0})
+    table = table.assign(max_activation=2.0 + features / 10, is_dead=features == 7)
+    work.write_table("features.parquet", table)
+    examples = [_example(feature, group, rank) for feature in features if feature != 7 for group, rank in _GROUPS]
+    work.write_table("examples.parquet", pd.DataFrame(examples))
+    effects = [
+        {"sae": SAE, "feature": feature, "sign": sign, "rank": rank, "token_id": rank, "token": TOKENS[rank]}
+        | {"effect": (1 if sign == "promoted" else -1) / (rank + 1)}
+        for feature in features
+        for sign in ("promoted", "suppressed")
+        for rank in range(3)
+    ]
+    work.write_table("logit_effects.parquet", pd.DataFrame(effects))
+    counts = torch.arange(8, dtype=torch.int32).repeat(D_SAE, 1)
+    edges = torch.linspace(0, 2, 9).repeat(D_SAE, 1)
+    work.write_tensors("histograms.safetensors", {f"{SAE}.counts": counts, f"{SAE}.edges": edges})
+    return {"features": D_SAE}
+
+
+_GROUPS = [("top", 0), ("top", 1), ("q0", 0)]
+
+
+def _example(feature: int, group: str, rank: int) -> dict:
+    activations = np.zeros(N_POS, np.float32)
+    activations[1 + rank] = 2.0 - rank
+    example = {"sae": SAE, "feature": feature, "group": group, "rank": rank, "activation": 2.0 - rank, "row": 0}
+    window = {"token_ids": list(range(N_POS)), "tokens": TOKENS, "activations": activations}
+    return example | {"prompt_idx": 5, "pos": 101 + rank, "first_pos": 100} | window
+
+
+def _heads(work: Workspace) -> dict:
+    layer, head = np.indices((N_LAYERS, N_HEADS), dtype=np.int32).reshape(2, -1)
+    induction = np.linspace(0, 0.9, N_LAYERS * N_HEADS, dtype=np.float32)
+    scores = pd.DataFrame({"layer": layer, "head": head, "previous_token": induction[::-1], "induction": induction})
+    work.write_table("scores.parquet", scores)
+    work.write_json("loss.json", {"first_half": 4.0, "second_half": 0.5})
+    pattern = np.tril(np.ones((N_LAYERS, N_HEADS, N_POS, N_POS))) / np.arange(1, N_POS + 1)[:, None]
+    labels = {"labels": [TOKENS, TOKENS[:4]]}
+    tokens = [np.arange(N_POS), np.arange(4)]
+    parts = [pattern, pattern[:, :, :4, :4]]
+    write_patterns(work.path("patterns/ioi.zarr"), [0, 2], tokens, parts, (N_LAYERS, N_HEADS), labels)
+    return {"induction_score": 0.9}
+
+
+def _effects(work: Workspace) -> dict:
+    rng = np.random.default_rng(0)
+    clean, corrupted = np.full(N_PAIRS, 3.0, np.float32), np.full(N_PAIRS, -1.0, np.float32)
+    values = rng.normal(size=(N_PAIRS, N_LAYERS, N_POS)).astype(np.float32)
+    heads = rng.normal(size=(N_PAIRS, N_LAYERS, N_HEADS)).astype(np.float32)
+    arrays = {
+        "resid_pre": (("pair", "layer", "pos"), values),
+        "head_out": (("pair", "layer", "head"), heads),
+        "clean": (("pair",), clean),
+        "corrupted": (("pair",), corrupted),
+    }
+    attributes = {"units": ["resid_pre", "head_out"], "direction": "denoising"}
+    dataset = xr.Dataset(arrays, coords={"pair": np.arange(N_PAIRS)}, attrs=attributes)
+    dataset.to_zarr(work.path("effects.zarr"), zarr_format=3, consolidated=False)
+    pairs = pd.DataFrame({"pair": np.arange(N_PAIRS), "n_pos": N_POS, "source": HOSTILE, "clean": clean})
+    pairs = pairs.assign(corrupted=corrupted, answer=" Mary", labels=[TOKENS] * N_PAIRS)
+    work.write_table("pairs.parquet", pairs)
+    return {"clean_logit_diff": 3.0}
+
+
+def _circuit(work: Workspace) -> dict:
+    edges = pd.DataFrame(
+        [
+            ("embed", "a0.h1.v", -0.5, True),
+            ("a0.h1", "a1.kv0.k", 0.25, True),
+            ("a0.h1", "a1.h2.q", -0.3, True),
+            ("a1.h2", "logits", -1.0, True),
+            ("embed", "m0", 0.01, False),
+        ],
+        columns=["source", "target", "score", "in_circuit"],
+    )
+    work.write_table("edges.parquet", edges)
+    nodes = pd.DataFrame({"node": ["embed", "a0.h1", "a1.h2", "a1.kv0", "m0", "logits"]})
+    work.write_table("nodes.parquet", nodes.assign(kv_node=[None, "a0.kv0", "a1.kv0", None, None, None]))
+    sizes = [1, 2, 4, 5]
+    curve = {"n_edges": sizes, "faithfulness": [0.0, 0.4, 0.9, 1.0], "random_faithfulness": [0.0, 0.0, 0.2, np.nan]}
+    work.write_table("faithfulness.parquet", pd.DataFrame(curve))
+    work.write_json("circuit.json", {"direction": "noising"})
+    return {"faithfulness": 0.9, "strongest_edge": "a1.h2 -> logits"}

@@ -1,0 +1,75 @@
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mi_pipe.report.figures import bars, histogram, lines, rendered, scatter
+from mi_pipe.report.heatmaps import colour_stops, heatmap
+from tests.report.samples import TOKENS
+
+VALUES = np.arange(20.0).reshape(2, 10)
+
+
+def every_kind():
+    frame = pd.DataFrame({"x": [1, 2, 3], "y": [1.0, 10.0, 100.0], "by": TOKENS[:3]})
+    return [
+        lines("l", "t", "a", frame, "x", "y", by="by", log_y=True),
+        scatter("s", "t", "a", frame, "x", "y", "by"),
+        bars("b", "t", "a", frame, "by", "y"),
+        histogram("h", "t", "a", {TOKENS[1]: np.array([1.0, np.nan, 2.0])}),
+        heatmap("m", "t", "a", VALUES, ["0", "1"], TOKENS),
+    ]
+
+
+@pytest.mark.parametrize("figure", every_kind(), ids=lambda figure: figure.name)
+def test_a_figure_is_well_formed_and_the_same_bytes_each_time(figure):
+    svg, png = rendered(figure)
+    assert (svg, png) == rendered(figure)
+    assert png.startswith(b"\x89PNG")
+    text = "".join(ElementTree.fromstring(svg).itertext())
+    assert "\x00" not in text
+    assert len(figure.data) > 0
+
+
+def test_token_labels_reach_the_drawing_as_text():
+    svg, _ = rendered(heatmap("m", "t", "a", VALUES, ["0", "1"], TOKENS))
+    text = "".join(ElementTree.fromstring(svg).itertext())
+    assert "$x^2$" in text
+    assert "</script><img src=x one" in text
+    assert b"<img" not in svg
+
+
+def test_log_ticks_are_plain_numbers():
+    frame = pd.DataFrame({"x": [1, 10, 1000], "y": [1.0, 2.0, 3.0]})
+    svg, _ = rendered(lines("l", "t", "a", frame, "x", "y", log_x=True))
+    assert b"mathdefault" not in svg
+    assert b">100<" in svg
+
+
+def test_effects_are_centred_on_zero_and_unmeasured_cells_stay_unmeasured():
+    values = np.array([[np.nan, -1.0, 3.0]])
+    figure = heatmap("m", "t", "a", values, ["0"], ["a", "b", "c"], diverging=True, value_title="effect")
+    assert (figure.view["low"], figure.view["high"]) == (-3.0, 3.0)
+    assert figure.view["values"] == [[None, -1.0, 3.0]]
+    assert figure.data["effect"].isna().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("values", [np.full((2, 2), np.nan), np.zeros((2, 2))])
+@pytest.mark.parametrize("diverging", [True, False])
+def test_maps_without_range_can_be_drawn(values, diverging):
+    figure = heatmap("m", "t", "a", values, list("ab"), list("cd"), diverging=diverging)
+    assert figure.view["high"] > figure.view["low"]
+    rendered(figure)
+
+
+def test_score_colours_grow_steadily_darker():
+    stops = colour_stops(diverging=False)["stops"]
+    lightness = [sum(int(stop[i : i + 2], 16) * w for i, w in ((1, 0.299), (3, 0.587), (5, 0.114))) for stop in stops]
+    assert lightness == sorted(lightness, reverse=True)
+
+
+def test_the_heatmap_table_has_one_row_a_cell():
+    figure = heatmap("m", "t", "a", VALUES, ["0", "1"], TOKENS, row_title="layer", column_title="token")
+    assert list(figure.data.columns) == ["layer", "token", "value"]
+    assert figure.data.iloc[11].tolist() == ["1", TOKENS[1], 11.0]

@@ -1,0 +1,172 @@
+import base64
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mi_pipe.report import attention, circuit, features, heads, overview, patching, prompts
+from mi_pipe.report.layered import folded, layered_graph
+from mi_pipe.report.lineage import lineage
+from mi_pipe.report.overview import Recipe
+from mi_pipe.report.site import page_plans
+from tests.report.samples import D_SAE, HOSTILE, N_HEADS, N_LAYERS, N_POS, SAE, TOKENS
+
+RECIPE = Recipe("r", "", "")
+
+
+def of(artifacts, stage):
+    return [item for item in artifacts if item.manifest.stage == stage]
+
+
+def test_pages_are_those_of_the_stages_that_are_there(artifacts):
+    def slugs(items):
+        return [plan.slug for plan in page_plans(items, [], RECIPE, 10, 2)]
+
+    assert slugs([]) == ["index"]
+    assert slugs(of(artifacts, "heads")) == ["index", "heads", "attention"]
+    everything = ["index", "model", "prompts", "saes", "features", "heads", "attention", "patching", "circuit"]
+    assert slugs(list(reversed(artifacts))) == everything
+
+
+def test_features_with_dashboards_are_spread_over_density_and_never_dead():
+    rows = pd.DataFrame({"feature": range(10), "density": np.linspace(0, 0.9, 10), "is_dead": [True] + [False] * 9})
+    assert features.chosen(rows, 100).tolist() == list(range(1, 10))
+    assert features.chosen(rows, 3).tolist() == [1, 5, 9]
+    assert features.chosen(rows, 0).tolist() == []
+
+
+def test_dashboards_hold_what_the_tables_hold(artifacts):
+    page = features.page(of(artifacts, "score_features"), n_features=D_SAE)
+    scripts = dict(page.scripts)
+    keys = list(scripts)
+    assert [key.rpartition("/")[2] for key in keys] == ["index", "0", "1"]
+    index = scripts[keys[0]]
+    assert index["feature"] == list(range(D_SAE))
+    assert index["place"][7] == -1
+    assert index["dead"][7] == 1
+    assert index["tokens"][0] == [HOSTILE, TOKENS[2]]
+    assert index["promoted"][0] == TOKENS[:3]
+    first = scripts[keys[1]]
+    group, activation, prompt, first_pos, peak, tokens, places, values = first["dashboards"][0]["examples"][0]
+    assert (group, activation, prompt, first_pos, peak) == ("top", 2.0, 5, 100, 1)
+    assert [first["tokens"][i] for i in tokens] == TOKENS
+    assert (places, values) == ([1], [2.0])
+    assert first["dashboards"][0]["effects"]["suppressed"][0] == [TOKENS[0], -1.0]
+    assert first["dashboards"][0]["counts"] == list(range(8))
+    assert len(first["dashboards"]) == 50
+    assert set(scripts[keys[2]]["dashboards"]) == set(range(51, D_SAE))
+    assert SAE not in keys[0]
+
+
+def test_packed_patterns_are_lower_triangles_to_sixteen_bits():
+    rng = np.random.default_rng(0)
+    pattern = rng.random((2, 5, 5)) * np.tril(np.ones((5, 5)))
+    for head, text in zip(pattern, attention.packed(pattern), strict=True):
+        levels = np.frombuffer(base64.b64decode(text), "<u2")
+        expected = [head[query, key] for query in range(5) for key in range(query + 1)]
+        np.testing.assert_allclose(levels / 65535, expected, atol=1e-5)
+
+
+def test_mean_distance_is_that_of_a_loop_and_leaves_padding_out():
+    rng = np.random.default_rng(0)
+    pattern = rng.random((1, 1, 4, 4)) * np.tril(np.ones((4, 4)))
+    padded = np.full((1, 1, 6, 6), np.nan)
+    padded[:, :, :4, :4] = pattern
+    expected = np.mean([sum(pattern[0, 0, q, k] * (q - k) for k in range(q + 1)) for q in range(4)])
+    assert attention.mean_distance(padded)[0, 0] == pytest.approx(expected)
+
+
+def test_the_viewer_has_a_script_for_each_layer_of_each_prompt(artifacts):
+    page = attention.page(of(artifacts, "heads"), n_prompts=2)
+    task = page.context["view"]["tasks"][0]
+    assert task["prompts"] == [TOKENS, TOKENS[:4]]
+    scripts = dict(page.scripts)
+    assert len(scripts) == 2 * N_LAYERS
+    assert len(scripts[f"{task['key']}/p1-0"]) == N_HEADS
+    assert len(base64.b64decode(scripts[f"{task['key']}/p1-0"][0])) == 2 * (4 * 5 // 2)
+
+
+def test_strongest_heads_are_in_order(artifacts):
+    table = of(artifacts, "heads")[0].read_table("scores.parquet")
+    assert [head["name"] for head in heads.strongest(table, "induction", 3)] == ["1.2", "1.1", "1.0"]
+    assert heads.score_names(table) == ["previous_token", "induction"]
+
+
+def test_patching_heatmaps_are_the_recovered_fraction(artifacts):
+    effects = of(artifacts, "patch")[0]
+    figures = {figure.name.partition("-")[0]: figure for figure in reversed(patching.page([effects]).figures)}
+    values = effects.to_xarray()["resid_pre"].to_numpy().mean(0)
+    expected = (values - -1.0) / (3.0 - -1.0)
+    np.testing.assert_allclose(np.array(figures["resid_pre"].view["values"]), expected, rtol=1e-4)
+    assert figures["resid_pre"].view["low"] == -figures["resid_pre"].view["high"]
+    assert len(figures["resid_pre"].view["columns"]) == N_POS
+
+
+def test_samples_mark_labelled_positions(artifacts):
+    found = prompts.page(of(artifacts, "generate_prompts"), n_samples=1).context["sets"][0]
+    assert [sample["role"] for sample in found["samples"]] == ["clean", "corrupted"]
+    assert [token["mark"] for token in found["samples"][0]["tokens"]][:3] == ["io", "", ""]
+
+
+def test_a_circuit_is_laid_out_from_embedding_to_logits(artifacts):
+    found = of(artifacts, "circuits")[0]
+    edges = found.read_table("edges.parquet")
+    graph = layered_graph(edges[edges["in_circuit"]], found.read_table("nodes.parquet"), helping_sign=-1.0)
+    heights = {node.name: node.y for node in graph.nodes}
+    assert sorted(heights, key=heights.get, reverse=True) == ["embed", "a0.h1", "a1.kv0", "a1.h2", "logits"]
+    assert [(edge.source, edge.target, edge.part) for edge in graph.feeds] == [("a1.kv0", "a1.h2", "feeds")]
+    widest = max(graph.edges, key=lambda edge: edge.width)
+    assert (widest.source, widest.target, widest.part) == ("a1.h2", "logits", "helps")
+    assert {edge.part for edge in graph.edges if edge.score > 0} == {"hinders"}
+    assert all(0 <= node.x <= graph.width and 0 <= node.y <= graph.height for node in graph.nodes)
+
+
+def test_an_empty_circuit_can_be_drawn(artifacts):
+    found = of(artifacts, "circuits")[0]
+    graph = layered_graph(found.read_table("edges.parquet").head(0), found.read_table("nodes.parquet"), 1.0)
+    assert (graph.nodes, graph.edges, graph.n_hidden) == ([], [], 0)
+    assert circuit.page([found]).figures
+
+
+@pytest.mark.parametrize(
+    ("reader", "node"), [("a1.kv0.k", ("a1.kv0", "k")), ("m3", ("m3", "")), ("logits", ("logits", ""))]
+)
+def test_readers_belong_to_nodes(reader, node):
+    assert folded(reader) == node
+
+
+def test_lineage_puts_each_artifact_right_of_its_inputs(artifacts):
+    drawn = lineage(artifacts)
+    place = {box.id: box for box in drawn.boxes}
+    assert len(place) == len(artifacts)
+    assert drawn.curves
+    assert all(source.x + source.width < target.x for source, target in drawn.curves)
+    assert len({(box.x, box.y) for box in drawn.boxes}) == len(drawn.boxes)
+
+
+def test_inputs_from_outside_the_report_are_in_the_lineage(artifacts):
+    drawn = lineage(of(artifacts, "heads"))
+    assert {box.stage for box in drawn.boxes} == {"heads", "train_model", "generate_prompts"}
+
+
+def test_the_overview_tells_sizes_times_and_models(artifacts):
+    context = overview.page(artifacts, [], RECIPE).context
+    assert context["total_bytes"] == sum(item.size_bytes for item in artifacts)
+    assert list(context["models"]) == [of(artifacts, "train_model")[0].id]
+    assert "torch" in context["versions"]
+
+
+class Elements(HTMLParser):
+    """Counts what a page's text becomes when it is parsed."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
