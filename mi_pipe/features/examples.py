@@ -113,7 +113,7 @@ def quantile_samples(
 ) -> list[Int64[np.ndarray, " chosen"]]:
     """Return for each quantile, weakest first, the firings with the least keys, strongest of them first."""
     n = len(order)
-    cuts = [n - (-(-group * n // n_quantiles)) for group in range(n_quantiles + 1)]
+    cuts = [n - (-(-group * n // max(n_quantiles, 1))) for group in range(n_quantiles + 1)]
     groups = [order[below:above] for above, below in itertools.pairwise(cuts)]
     return [group[_least(keys[group], n_per_quantile)] for group in groups]
 

@@ -48,7 +48,7 @@ def as_tuples(examples):
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-@given(matrices, st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**63))
+@given(matrices, st.integers(1, 6), st.integers(0, 5), st.integers(1, 4), st.integers(0, 2**63))
 def test_the_choice_is_that_of_a_plain_loop(dense, n_top, n_quantiles, n_per_quantile, seed):
     prompt_of_row = np.arange(len(dense)) // 7
     found = choose_examples(firings_of(dense), prompt_of_row, n_top, n_quantiles, n_per_quantile, seed)
