@@ -91,7 +91,7 @@ def _plan(config: PatchConfig, inputs: Inputs) -> _Plan:
     hooks, info = source_hooks(inputs.model)
     groups = choose_pairs(inputs.task.pair_groups(), config.max_pairs)
     check_fits(groups, info, inputs.task.id)
-    units = present_units(tuple(dict.fromkeys(config.units)), hooks)
+    units = present_units(config.units, hooks, info.n_layers)
     return _Plan(info, units, groups, chunks_of(groups))
 
 

@@ -24,6 +24,8 @@ class Chunk:
 
 def choose_pairs(groups: list[PairGroup], max_pairs: int | None) -> list[PairGroup]:
     """Keep the pairs with the lowest numbers, at most `max_pairs`, in groups of one length."""
+    if not groups:
+        return []
     numbers = np.sort(np.concatenate([group.pairs for group in groups]))[:max_pairs]
     kept = ((group, np.flatnonzero(np.isin(group.pairs, numbers))) for group in groups)
     return [take(group, rows) for group, rows in kept if len(rows)]

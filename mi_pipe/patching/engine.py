@@ -28,7 +28,7 @@ from mi_pipe.patching.readout import choice_diff, last_logits, token_logits
 from mi_pipe.patching.runs import PairRuns
 
 _log = logging.getLogger(__name__)
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ def make_engine(model: Model, runs: PairRuns) -> tuple[PatchEngine, float]:
         try:
             engine = RestartEngine(model, runs, reuse_prefix)
             error = engine.largest_error()
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as reason:
             _log.info("blocks of %s cannot be called alone: %s", model.info.architecture, reason)
             continue

@@ -5,7 +5,7 @@ the base run's own, exactly, and nothing is run.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mi_pipe.core.errors import HookPointError
 from mi_pipe.models.hook_points import HookMap
 from mi_pipe.patching.engine import PatchEngine, Patches
 
@@ -38,9 +39,23 @@ def hook_of(unit: Unit, layer: int) -> str:
     return f"blocks.{layer}.{_HOOKS[unit]}"
 
 
-def present_units(units: tuple[Unit, ...], hooks: HookMap) -> list[Unit]:
-    """Return the units that the model has (an attention-only model has no mlp_out), in their order."""
-    return [unit for unit in units if hook_of(unit, 0) in hooks]
+def present_units(units: Sequence[Unit], hooks: HookMap, n_layers: int) -> list[Unit]:
+    """Return the units that every layer of the model has (an attention-only one has no mlp_out), in UNITS' order.
+
+    Raises HookPointError for a unit that only the bridge can reach, which the plain model cannot be patched at.
+    """
+    asked = [unit for unit in UNITS if unit in units]
+    found = [unit for unit in asked if all(hook_of(unit, layer) in hooks for layer in range(n_layers))]
+    for unit in found:
+        if any(hooks[hook_of(unit, layer)].module_path is None for layer in range(n_layers)):
+            rest = ", ".join(other for other in found if other != unit)
+            raise HookPointError(
+                f"{unit} of this model is not the input or output of one of its own modules and cannot be patched. "
+                f"Leave it out: units=[{rest}]."
+            )
+    if not found:
+        raise HookPointError(f"The model has none of the units {', '.join(units)}. Units are {', '.join(UNITS)}.")
+    return found
 
 
 @dataclass(frozen=True)

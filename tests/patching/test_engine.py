@@ -20,7 +20,7 @@ TL_FUNCTIONS = {
 
 
 def all_hooks(model):
-    units = present_units(UNITS, model.hooks)
+    units = present_units(UNITS, model.hooks, model.info.n_layers)
     return [hook_of(unit, layer) for unit in units for layer in range(model.info.n_layers)]
 
 
@@ -41,7 +41,7 @@ def test_sweeps_equal_a_brute_force_loop_of_plain_hooks(model, direction):
     engine, error = make_engine(model, runs)
     assert isinstance(engine, RestartEngine)
     assert error < GOAL
-    for unit in present_units(UNITS, model.hooks):
+    for unit in present_units(UNITS, model.hooks, model.info.n_layers):
         wanted = torch.from_numpy(brute_force(model, group, unit, direction))
         for candidate in (engine, RestartEngine(model, runs, reuse_prefix=False), PlainEngine(model, runs)):
             found = whole_sweep(model, candidate, unit)
@@ -53,7 +53,7 @@ def test_sweeps_equal_transformer_lens(model):
     runs = run_pairs(model, group, "denoising", all_hooks(model))
     engine, _ = make_engine(model, runs)
     _, cache = model.bridge.run_with_cache(group.clean)
-    for unit in present_units(UNITS, model.hooks):
+    for unit in present_units(UNITS, model.hooks, model.info.n_layers):
         wanted = TL_FUNCTIONS[unit](
             model.bridge,
             group.corrupted,
@@ -85,7 +85,7 @@ def test_patching_corrupted_into_corrupted_changes_nothing(model):
     runs = run_pairs(model, same, "denoising", all_hooks(model))
     assert runs.first_change.tolist() == [group.n_pos] * 3
     engine, _ = make_engine(model, runs)
-    for unit in present_units(UNITS, model.hooks):
+    for unit in present_units(UNITS, model.hooks, model.info.n_layers):
         assert bool((whole_sweep(model, engine, unit) == runs.base_metric[:, None, None]).all())
         patch = Patches(hook_of(unit, 1), torch.arange(3), torch.ones(3, 1, 1, dtype=torch.bool), 1)
         torch.testing.assert_close(engine.patched_metric(patch), runs.base_metric, rtol=1e-5, atol=1e-5)
@@ -115,4 +115,4 @@ def test_a_model_with_capped_logits_falls_back_to_plain_hooks():
 
 def test_an_attention_only_model_has_no_mlp_out():
     model = make_model("native_attn_only")
-    assert present_units(UNITS, model.hooks) == ["resid_pre", "attn_out", "head_out"]
+    assert present_units(UNITS, model.hooks, model.info.n_layers) == ["resid_pre", "attn_out", "head_out"]
