@@ -52,7 +52,7 @@ class RepeatedConfig(PromptConfig):
 
 
 class InductionConfig(PromptConfig):
-    """Pairs of a repeated random block, in which the corrupted prompt's first copy ends otherwise."""
+    """Pairs of a repeated random block; the corrupted prompt's first copy differs in one token."""
 
     family: Literal["induction"] = "induction"
     """Which family of prompts."""
@@ -60,6 +60,9 @@ class InductionConfig(PromptConfig):
     """Number of pairs."""
     period: int = Field(default=20, ge=2)
     """Tokens of the block; prompts have 2 period - 1 of them, and BOS."""
+    corruption: Literal["answer", "key"] = "answer"
+    """Which token of the first copy is replaced: the answer, so that another one is copied, or the token before it
+    (the key that induction heads match), so that there is nothing to copy."""
     seed: int = Field(default=0, ge=0)
     """Seed of the random tokens."""
 
@@ -109,7 +112,10 @@ def encode_repeated(config: RepeatedConfig, vocabulary: Vocabulary) -> EncodedPr
 
 
 def encode_induction(config: InductionConfig, vocabulary: Vocabulary) -> EncodedPrompts:
-    """Return pairs of s0 … sn-1 s0 … sn-2, answered by sn-1; the corrupted prompt has another sn-1, its own answer.
+    """Return pairs of s0 … sn-1 s0 … sn-2, answered by sn-1.
+
+    Corrupted prompts have another sn-1, which is their own answer, or (`key`) another sn-2 in the first copy alone:
+    then the last token has no earlier occurrence, and the wrong answer is s0.
 
     Positions: `answer` (the token to copy, in the first copy), `earlier` (where the last token stood before it)
     and `end`.
@@ -123,10 +129,14 @@ def encode_induction(config: InductionConfig, vocabulary: Vocabulary) -> Encoded
 def _induction_pair(
     config: InductionConfig, vocabulary: Vocabulary, rng: np.random.Generator, ordinary: Int[np.ndarray, " token"]
 ) -> Pair:
-    *block, wrong = distinct_tokens(rng, ordinary, config.period + 1).tolist()
+    *block, other = distinct_tokens(rng, ordinary, config.period + 1).tolist()
     *start, answer = block
+    if config.corruption == "answer":
+        first_copy, wrong = [*start, other], other
+    else:
+        first_copy, wrong = [*start[:-1], other, answer], start[0]
     clean = with_bos(vocabulary, [*block, *start], config.prepend_bos)
-    corrupted = with_bos(vocabulary, [*start, wrong, *start], config.prepend_bos)
+    corrupted = with_bos(vocabulary, [*first_copy, *start], config.prepend_bos)
     first = len(clean) - (2 * config.period - 1)
     positions = {"earlier": first + config.period - 2, "answer": first + config.period - 1, "end": len(clean) - 1}
     return Pair("repeated block", clean, corrupted, answer, wrong, positions)

@@ -50,6 +50,18 @@ def test_an_induction_pair_asks_for_the_token_that_followed(vocabulary):
         assert not vocabulary.special_ids & set(clean[n_bos:])
 
 
+def test_a_corrupted_key_leaves_nothing_to_match():
+    config = InductionConfig(n_pairs=5, period=7, corruption="key")
+    prompts = encode_induction(config, NumberVocabulary(64))
+    rows, table = _rows(prompts), prompts.table
+    for i in range(0, 10, 2):
+        clean, corrupted = rows[i].tolist(), rows[i + 1].tolist()
+        assert clean[-1] in clean[:-1]
+        assert corrupted[-1] == clean[-1] not in corrupted[:-1]
+        assert [p for p in range(len(clean)) if clean[p] != corrupted[p]] == [table["pos_earlier"][i]]
+        assert table["wrong_id"][i] == clean[0] != table["answer_id"][i]
+
+
 def test_a_period_longer_than_the_vocabulary_is_refused_with_both_numbers():
     with pytest.raises(PromptError, match=r"65 distinct tokens.* has 64"):
         encode_induction(InductionConfig(period=64), NumberVocabulary(64))
