@@ -22,7 +22,7 @@ from mi_pipe.activations.harvester import harvest_shards
 from mi_pipe.activations.hook_selection import array_layouts, check_shard_rows, select_hooks
 from mi_pipe.activations.layout import StoreLayout, shard_rows_for
 from mi_pipe.activations.plan import HarvestPlan, Tokens, kept_tokens
-from mi_pipe.activations.precision import Precision, round_weights
+from mi_pipe.activations.precision import Precision, PrecisionChoice, pick_precision, round_weights
 from mi_pipe.activations.precision_sample import measure_precision
 from mi_pipe.activations.row_table import TOKENS_FILE, row_table
 from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
@@ -36,6 +36,7 @@ from mi_pipe.core.errors import PromptError
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
+from mi_pipe.models.device import pick_device
 from mi_pipe.models.model import Model
 from mi_pipe.models.source import ModelSource, load_source, source_hooks, source_vocabulary
 from mi_pipe.prompts.prompt_set import PromptSet
@@ -58,8 +59,9 @@ class HarvestConfig(Config):
 
     hooks: list[str] = Field(min_length=1)
     """Hook points by TransformerLens' names; several at once by `blocks.{3,7}.hook_resid_post` or `blocks.*.…`."""
-    precision: Precision = "mixed"
-    """What the model computes in: mixed (bfloat16 products, float32 residual stream), bfloat16 or float32."""
+    precision: PrecisionChoice = "auto"
+    """What the model computes in: mixed (bfloat16 products, float32 residual stream), bfloat16, float32, or auto:
+    mixed where the device has bfloat16 products, else float32."""
     store_dtype: StoreDType = "float16"
     """What is stored: float16, bfloat16 (as uint16 bits) or float32."""
     on_overflow: Literal["refuse", "bfloat16"] = "refuse"
@@ -107,7 +109,7 @@ def _harvest(config: HarvestConfig, inputs: Inputs, work: Workspace, store_dtype
     if len(done) < plan.layout.n_shards or not work.path(PRECISION_FILE).exists():
         model = load_source(inputs.model, config.device, "float32")
         _measure_precision(config, plan, model, work, store_dtype)
-        _fill_shards(plan, ForwardPass(model, _names(plan), config.precision, store_dtype), work, done)
+        _fill_shards(plan, ForwardPass(model, _names(plan), _precision(config), store_dtype), work, done)
     return _finish(plan, config, inputs, work)
 
 
@@ -124,7 +126,7 @@ def make_plan(config: HarvestConfig, inputs: Inputs, store_dtype: StoreDType) ->
     widest = max(site.width for site in sites) * numpy_dtype(store_dtype).itemsize
     shard_rows = config.shard_rows or shard_rows_for(tokens.n_rows, widest)
     layout = StoreLayout(tokens.n_rows, shard_rows, array_layouts(sites, info, store_dtype, shard_rows))
-    identity = {"model": inputs.model.digest, "precision": config.precision}
+    identity = {"model": inputs.model.digest, "precision": _precision(config)}
     return HarvestPlan(tokens, layout, config.batch_tokens, identity)
 
 
@@ -140,6 +142,10 @@ def _check_tokens(tokens: Tokens, n_ctx: int, d_vocab: int, prompts: str) -> Non
             f"{prompts} has token {largest:,}, the model's vocabulary ends at {d_vocab - 1:,}. "
             "Make the prompts with this model's tokenizer."
         )
+
+
+def _precision(config: HarvestConfig) -> Precision:
+    return pick_precision(config.precision, pick_device(config.device))
 
 
 def _names(plan: HarvestPlan) -> list[str]:
@@ -189,18 +195,17 @@ def _measure_precision(
     config: HarvestConfig, plan: HarvestPlan, model: Model, work: Workspace, store_dtype: StoreDType
 ) -> None:
     """Round the weights to the harvest's precision, and write what that costs unless it is known."""
-    rounding = partial(round_weights, model.module, config.precision)
+    precision = _precision(config)
+    rounding = partial(round_weights, model.module, precision)
     if work.path(PRECISION_FILE).exists():
         rounding()
         return
     work.progress.update(0, plan.layout.n_rows, "rows", "measuring precision")
-    errors = measure_precision(
-        plan, model, config.precision, store_dtype, config.massive_factor, _SAMPLE_PROMPTS, rounding
-    )
+    errors = measure_precision(plan, model, precision, store_dtype, config.massive_factor, _SAMPLE_PROMPTS, rounding)
     hooks = {name: asdict(error) for name, error in errors.items()}
     work.write_json(
         PRECISION_FILE,
-        {"precision": config.precision, "store_dtype": store_dtype, "reference": "float32", "hooks": hooks},
+        {"precision": precision, "store_dtype": store_dtype, "reference": "float32", "hooks": hooks},
     )
 
 
@@ -236,6 +241,7 @@ def _finish(plan: HarvestPlan, config: HarvestConfig, inputs: Inputs, work: Work
         "n_prompts": plan.tokens.n_prompts,
         "n_hooks": len(found),
         "n_shards": plan.layout.n_shards,
+        "precision": errors["precision"],
         "store_dtype": errors["store_dtype"],
         "n_massive": max(item.statistics.n_massive for item in found.values()),
         "fvu_added": max(error["fvu_added"] for error in errors["hooks"].values()),

@@ -4,6 +4,8 @@ mixed     products in bfloat16, residual stream in float32: torch's autocast. We
           bfloat16 once beforehand, which gives autocast's own numbers without its rounding them again each call.
 bfloat16  weights and residual stream in bfloat16.
 float32   everything in float32.
+auto      mixed where the device has bfloat16 products (recent CUDA, CPUs with AMX or AVX512-BF16); elsewhere float32,
+          which is more exact and there faster too (a 576 to 1536 product on a CPU without: 8 times).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +17,17 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from mi_pipe.models.device import multiplies_bfloat16
+
 Precision = Literal["mixed", "bfloat16", "float32"]
+PrecisionChoice = Literal["auto", "mixed", "bfloat16", "float32"]
+
+
+def pick_precision(choice: PrecisionChoice, device: torch.device) -> Precision:
+    """Return the precision that a choice means on a device."""
+    if choice != "auto":
+        return choice
+    return "mixed" if multiplies_bfloat16(device) else "float32"
 
 
 def round_weights(module: nn.Module, precision: Precision) -> None:

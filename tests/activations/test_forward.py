@@ -7,8 +7,9 @@ import torch
 from mi_pipe.activations.forward import ForwardPass
 from mi_pipe.activations.hook_selection import select_hooks
 from mi_pipe.activations.plan import Batch
-from mi_pipe.activations.precision import round_weights
+from mi_pipe.activations.precision import pick_precision, round_weights
 from mi_pipe.core.errors import HookPointError
+from mi_pipe.models.device import multiplies_bfloat16
 from mi_pipe.models.loading import wrap_hf_model
 from mi_pipe.models.trained import native_module, wrap_native
 from tests.models.test_models import FAMILIES
@@ -104,3 +105,9 @@ def test_patterns_mean_layers_and_wrong_names_are_refused(model):
         select_hooks(["blocks.*.hook_resid_pots"], hooks)
     with pytest.raises(HookPointError, match="no value at each token"):
         select_hooks(["blocks.0.attn.hook_pattern"], hooks)
+
+
+def test_auto_is_mixed_just_where_bfloat16_products_are_fast():
+    cpu = torch.device("cpu")
+    assert pick_precision("auto", cpu) == ("mixed" if multiplies_bfloat16(cpu) else "float32")
+    assert pick_precision("mixed", cpu) == "mixed"

@@ -168,7 +168,7 @@ def test_precision_is_measured_against_float32(store):
     exact = harvest_toy(store, [40] * 20, precision="float32", store_dtype="float32")
     assert {item["relative_error"] for item in exact.precision["hooks"].values()} == {0.0}
     stored = harvest_toy(store, [40] * 20, precision="float32")
-    mixed = harvest_toy(store, [40] * 20)
+    mixed = harvest_toy(store, [40] * 20, precision="mixed")
     assert 0 < stored.precision["hooks"][RESIDUAL]["fvu_added"] < 1e-6
     assert 1e-6 < mixed.precision["hooks"][RESIDUAL]["fvu_added"] < 1e-2
 
