@@ -44,8 +44,8 @@ def present_units(units: Sequence[Unit], hooks: HookMap, n_layers: int) -> list[
 
     Raises HookPointError for a unit that only the bridge can reach, which the plain model cannot be patched at.
     """
-    asked = [unit for unit in UNITS if unit in units]
-    found = [unit for unit in asked if all(hook_of(unit, layer) in hooks for layer in range(n_layers))]
+    asked: list[Unit] = [unit for unit in UNITS if unit in units]
+    found: list[Unit] = [unit for unit in asked if all(hook_of(unit, layer) in hooks for layer in range(n_layers))]
     for unit in found:
         if any(hooks[hook_of(unit, layer)].module_path is None for layer in range(n_layers)):
             rest = ", ".join(other for other in found if other != unit)
