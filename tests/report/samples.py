@@ -1,5 +1,8 @@
 """Small published artifacts of every stage, with tokens, labels and names that try to break out of a page."""
 
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
@@ -19,7 +22,10 @@ from mi_pipe.opening import open_artifact
 from mi_pipe.patching.effects import PatchEffects
 from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.prompts.repeated import RepeatedConfig
+from mi_pipe.report.claims import Claim
+from mi_pipe.report.site import Report
 from stages import generate_prompts, harvest
+from stages.report import STAGE, Inputs, ReportConfig
 from tests.stages.toys import toy_model
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken out'\">"
@@ -54,6 +60,27 @@ def sample_activations(store: Store) -> Artifact:
     )
     result = execute(harvest.STAGE, wanted, harvest.Inputs(model, prompts), store)
     return open_artifact(result.artifact.path)
+
+
+CLAIMS = (
+    Claim(statement=HOSTILE, stage="heads", metric="induction_score", comparison=">", value=0.5, source=HOSTILE),
+    Claim(statement="no", stage="heads", metric="induction_score", comparison="<", value=0.5),
+    Claim(statement="absent", stage="heads", metric=HOSTILE, comparison="==", value=HOSTILE),
+)
+
+
+def sample_config() -> ReportConfig:
+    """Return a config whose every text tries to break out."""
+    config = ReportConfig(title=HOSTILE, n_features=55, n_prompts=2)
+    return config.for_run(HOSTILE, HOSTILE, {"name": HOSTILE}, CLAIMS)
+
+
+@cache
+def sample_report(root: Path) -> Report:
+    """Make the report of every stage below `root`, once."""
+    samples = Store(root / "samples")
+    artifacts = [*sample_artifacts(samples), sample_activations(samples)]
+    return Report(execute(STAGE, sample_config(), Inputs(artifacts), Store(root / "store")).artifact.path)
 
 
 def publish(

@@ -7,41 +7,23 @@ import sys
 import pytest
 from pydantic import ValidationError
 
+from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
 from mi_pipe.opening import open_artifact
-from mi_pipe.report.claims import Claim
 from mi_pipe.report.site import Report
 from stages.report import STAGE, Inputs, ReportConfig
-from tests.report.samples import HOSTILE, sample_activations, sample_artifacts
+from tests.report.samples import CLAIMS, HOSTILE, sample_artifacts, sample_config, sample_report
 from tests.report.test_pages import Elements
 
-CLAIMS = (
-    Claim(statement=HOSTILE, stage="heads", metric="induction_score", comparison=">", value=0.5, source=HOSTILE),
-    Claim(statement="no", stage="heads", metric="induction_score", comparison="<", value=0.5),
-    Claim(statement="absent", stage="heads", metric=HOSTILE, comparison="==", value=HOSTILE),
-)
-
-
-def config(**changes) -> ReportConfig:
-    fields = {"title": HOSTILE, "n_features": 55, "n_prompts": 2}
-    return ReportConfig(**{**fields, **changes}).for_run(HOSTILE, HOSTILE, {"name": HOSTILE}, CLAIMS)
-
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory):
-    store = Store(tmp_path_factory.mktemp("samples"))
-    return [*sample_artifacts(store), sample_activations(store)]
-
-
-@pytest.fixture(scope="module")
-def report(artifacts, tmp_path_factory):
-    result = execute(STAGE, config(), Inputs(artifacts), Store(tmp_path_factory.mktemp("report")))
-    return open_artifact(result.artifact.path)
+def report(tmp_path_factory):
+    return sample_report(tmp_path_factory.getbasetemp() / "sample_report")
 
 
 def test_every_page_figure_and_claim_is_counted(report):
-    assert isinstance(report, Report)
+    assert isinstance(open_artifact(report.path), Report)
     assert len(report.pages) == report.summary["n_pages"] == 10
     assert report.pages[0] == "index.html"
     assert report.index.exists()
@@ -100,19 +82,31 @@ def test_only_the_overview_is_volatile(report):
     assert all(name in ("index.html", "report.json") or "/index/" in name for name in volatile)
 
 
-def test_a_report_that_is_killed_and_made_again_is_that_of_an_uninterrupted_run(report, tmp_path):
-    """The second process dies after some pages; this one makes the others."""
-    store = tmp_path / "store"
-    line = [sys.executable, "-m", "tests.stages.test_report", str(store), "4"]
+def sources(report) -> list[Artifact]:
+    """Return the artifacts that the sample report was made of."""
+    store = Store(report.path.parents[2] / "samples")
+    return [open_artifact(store.folder(ref.id)) for ref in report.inputs.values()]
+
+
+def some_artifacts(root) -> list[Artifact]:
+    """Return artifacts that make five pages quickly; equal for every root."""
+    found = sample_artifacts(Store(root))
+    return [item for item in found if item.manifest.stage in ("generate_prompts", "heads", "circuits")]
+
+
+def test_a_report_that_is_killed_and_made_again_is_that_of_an_uninterrupted_run(tmp_path):
+    line = [sys.executable, "-m", "tests.stages.test_report", str(tmp_path / "killed"), "2"]
     done = subprocess.run(line, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL
-    artifacts = [*sample_artifacts(Store(tmp_path / "again")), sample_activations(Store(tmp_path / "again"))]
-    assert [item.digest for item in artifacts] == [ref.digest for ref in report.inputs.values()]
-    result = execute(STAGE, config(), Inputs(artifacts), Store(store))
-    assert result.outcome == "Resumed"
-    assert result.artifact.id == report.id
-    assert result.artifact.digest == report.digest
-    assert result.artifact.summary == report.summary
+    inputs = Inputs(some_artifacts(tmp_path / "samples"))
+    resumed = execute(STAGE, sample_config(), inputs, Store(tmp_path / "killed"))
+    whole = execute(STAGE, sample_config(), inputs, Store(tmp_path / "whole"))
+    assert (resumed.outcome, whole.outcome) == ("Resumed", "Completed")
+    assert resumed.artifact.id == whole.artifact.id
+    assert resumed.artifact.digest == whole.artifact.digest
+    assert resumed.artifact.summary == whole.artifact.summary
+    listings = [item.artifact.read_json("report.json") for item in (resumed, whole)]
+    assert listings[0] == listings[1]
 
 
 def test_a_report_of_nothing_has_its_first_page(store):
@@ -120,8 +114,8 @@ def test_a_report_of_nothing_has_its_first_page(store):
     assert result.artifact.summary == {"n_pages": 1, "n_figures": 0, "n_claims": 0, "n_claims_held": 0}
 
 
-def test_the_estimate_covers_what_is_written(report, artifacts):
-    found = STAGE.estimate(config(), Inputs(artifacts))
+def test_the_estimate_covers_what_is_written(report):
+    found = STAGE.estimate(sample_config(), Inputs(sources(report)))
     assert found.n_units == 10
     assert found.size_bytes > report.size_bytes
 
@@ -144,8 +138,7 @@ def main(root: str, n_pages: int) -> None:
     """Write a report in this process, and die without warning after `n_pages` pages."""
     from mi_pipe.core.ledger import Ledger
 
-    samples = Store(f"{root}-samples")
-    artifacts = [*sample_artifacts(samples), sample_activations(samples)]
+    artifacts = some_artifacts(f"{root}-samples")
     mark = Ledger.mark
 
     def mark_and_die(ledger, unit, **info):
@@ -154,7 +147,7 @@ def main(root: str, n_pages: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Ledger.mark = mark_and_die
-    execute(STAGE, config(), Inputs(artifacts), Store(root))
+    execute(STAGE, sample_config(), Inputs(artifacts), Store(root))
 
 
 if __name__ == "__main__":
