@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mi_pipe.core import atomic
 from mi_pipe.core.config import Config
 from mi_pipe.core.progress import Progress
+from mi_pipe.models.fused import fused_attention
 
 
 class OptimizerConfig(Config):
@@ -97,18 +98,22 @@ class Trainer:
     def advance(self, batch_at: Callable[[int], Batch], until: int, progress: Progress) -> None:
         """Take steps up to step `until`, each on the batch of its number; the loss is over all next tokens."""
         self.module.train()
-        while self.step < until:
-            found = losses(self.module, batch_at(self.step))
-            self._adamw.zero_grad(set_to_none=True)
-            found.all.backward()
-            nn.utils.clip_grad_norm_(self._named.values(), self.config.max_grad_norm)
-            for group in self._adamw.param_groups:
-                group["lr"] = self.config.lr_at(self.step, self.n_steps)
-            self._adamw.step()
-            self.curve.append((found.all.item(), found.predictable.item()))
-            self.step += 1
-            progress.update(self.step, self.n_steps, "step", f"loss {self.curve[-1][0]:.3f}")
+        with fused_attention(self.module):
+            while self.step < until:
+                self._take_step(batch_at(self.step))
+                progress.update(self.step, self.n_steps, "step", f"loss {self.curve[-1][0]:.3f}")
         self.module.eval()
+
+    def _take_step(self, batch: Batch) -> None:
+        found = losses(self.module, batch)
+        self._adamw.zero_grad(set_to_none=True)
+        found.all.backward()
+        nn.utils.clip_grad_norm_(self._named.values(), self.config.max_grad_norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = self.config.lr_at(self.step, self.n_steps)
+        self._adamw.step()
+        self.curve.append((found.all.item(), found.predictable.item()))
+        self.step += 1
 
     def save(self, path: Path) -> None:
         """Write everything that decides the next step to one safetensors file, atomically."""
