@@ -70,9 +70,10 @@ class RawArray:
         if self._is_verified[chunk]:
             shard.read(out.data.cast("B"), local * layout.chunk_stride + within * layout.row_bytes)
             return
-        whole = np.empty((layout.chunk_rows, layout.width), out.dtype)
+        whole = out if len(out) == layout.chunk_rows else np.empty((layout.chunk_rows, layout.width), out.dtype)
         shard.read_chunk(whole.reshape(-1).view(np.uint8), local)
-        out[:] = whole[within : within + len(out)]
+        if whole is not out:
+            out[:] = whole[within : within + len(out)]
         self._is_verified[chunk] = True
 
 
