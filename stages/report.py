@@ -134,7 +134,7 @@ def _listing(
 
 
 def _n_saes(artifact: Artifact) -> int:
-    return artifact.read_table("features.parquet", ["sae"])["sae"].nunique()
+    return len(set(artifact.read_table("features.parquet", ["sae"])["sae"]))
 
 
 STAGE = Stage(name="report", version=1, config=ReportConfig, inputs=Inputs, run=run, estimate=estimate)

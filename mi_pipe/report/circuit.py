@@ -18,7 +18,7 @@ from mi_pipe.report.style import GRID, MUTED, SERIES, log_scale
 _N_STRONGEST = 20
 _SHOWN = ["source", "target", "score", "standard_error", "in_circuit"]
 _PIXELS_AN_INCH = 96
-_MAX_INCHES = 14.0
+_MAX_INCHES = 60.0
 
 
 def page(artifacts: Sequence[Artifact]) -> Page:
@@ -61,7 +61,7 @@ def _strongest(edges: pd.DataFrame) -> pd.DataFrame:
 
 
 def _drawing(graph: LayeredGraph, circuit: pd.DataFrame, stem: str) -> Figure:
-    inches = (min(graph.width / _PIXELS_AN_INCH, _MAX_INCHES), min(graph.height / _PIXELS_AN_INCH, _MAX_INCHES * 1.4))
+    inches = (min(graph.width / _PIXELS_AN_INCH, _MAX_INCHES), min(graph.height / _PIXELS_AN_INCH, _MAX_INCHES))
     return Figure(
         f"circuit-{stem}",
         "The circuit",

@@ -5,7 +5,7 @@ reader only what is looked at. Which features get one: evenly over the ranks of 
 frequent are both there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from mi_pipe.core.artifact import Artifact
 from mi_pipe.report.dashboards import DIGITS, Effects, Examples, chunk, read_effects, read_examples
 from mi_pipe.report.figures import Figure, histogram
 from mi_pipe.report.html import rounded, slug
+from mi_pipe.report.naming import sae_title
 from mi_pipe.report.page import Page
 
 CHUNK = 50
@@ -32,7 +33,7 @@ def page(sets: Sequence[Artifact], n_features: int) -> Page:
     ]
     tables = [
         {
-            "name": name,
+            "name": sae_title(artifact, name, len(sets)),
             "key": _key(artifact, name),
             "n_features": len(rows),
             "n_dead": int(rows["is_dead"].to_numpy(bool).sum()),
@@ -40,11 +41,12 @@ def page(sets: Sequence[Artifact], n_features: int) -> Page:
         }
         for artifact, name, rows in saes
     ]
-    figures = [] if not saes else [_densities(saes), _maxima(saes)]
+    titled = {sae_title(artifact, name, len(sets)): rows for artifact, name, rows in saes}
+    figures = [] if not saes else [_densities(titled), _maxima(titled)]
     return Page(
         context={"saes": tables, "n_dashboards": n_features, "figures": [figure.name for figure in figures]},
         figures=figures,
-        tables={f"features-{slug(name)}": rows for _, name, rows in saes},
+        tables={f"features-{slug(title)}": rows for title, rows in titled.items()},
         scripts=_scripts(saes, n_features),
     )
 
@@ -93,8 +95,8 @@ def _index(rows: pd.DataFrame, numbers: np.ndarray, examples: Examples, effects:
     }
 
 
-def _densities(saes: Sequence[_Sae]) -> Figure:
-    values = {name: _log_positive(rows["density"].to_numpy(float)) for _, name, rows in saes}
+def _densities(saes: Mapping[str, pd.DataFrame]) -> Figure:
+    values = {name: _log_positive(rows["density"].to_numpy(float)) for name, rows in saes.items()}
     return histogram(
         "density",
         "How often features fire",
@@ -106,8 +108,10 @@ def _densities(saes: Sequence[_Sae]) -> Figure:
     )
 
 
-def _maxima(saes: Sequence[_Sae]) -> Figure:
-    values = {name: rows["max_activation"].to_numpy(float)[~rows["is_dead"].to_numpy(bool)] for _, name, rows in saes}
+def _maxima(saes: Mapping[str, pd.DataFrame]) -> Figure:
+    values = {
+        name: rows["max_activation"].to_numpy(float)[~rows["is_dead"].to_numpy(bool)] for name, rows in saes.items()
+    }
     return histogram(
         "max-activation",
         "How strongly features fire at most",

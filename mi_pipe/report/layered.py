@@ -17,7 +17,8 @@ from matplotlib.path import Path as Curve
 from mi_pipe.report.style import INK, MUTED, SERIES
 
 MAX_DRAWN = 300
-STEP_X, STEP_Y = 74, 84
+_STEP_X = 74
+_STEP_Y, _DENSE_STEP_Y, _MANY_ROWS = 84, 56, 14
 NODE_WIDTH, NODE_HEIGHT = 58, 30
 _MARGIN_X, _MARGIN_Y = 100, 34
 _NODE = re.compile(r"(?P<kind>[am])(?P<layer>\d+)(?:\.(?P<part>h|kv)(?P<head>\d+))?")
@@ -121,12 +122,13 @@ def _placed(names: list[str]) -> tuple[dict[str, Node], list[tuple[str, float]],
     levels = sorted({_level(name) for name in names})
     members = {level: sorted((name for name in names if _level(name) == level), key=_number) for level in levels}
     widest = max((len(row) for row in members.values()), default=1)
-    width = 2.0 * _MARGIN_X + max(widest - 1, 3) * STEP_X
-    height = 2.0 * _MARGIN_Y + max(len(levels) - 1, 0) * STEP_Y
-    heights = {level: height - _MARGIN_Y - i * STEP_Y for i, level in enumerate(levels)}
+    width = 2.0 * _MARGIN_X + max(widest - 1, 3) * _STEP_X
+    step = _STEP_Y if len(levels) <= _MANY_ROWS else _DENSE_STEP_Y
+    height = 2.0 * _MARGIN_Y + max(len(levels) - 1, 0) * step
+    heights = {level: height - _MARGIN_Y - i * step for i, level in enumerate(levels)}
     middle = (width + _MARGIN_X / 2) / 2
     placed = {
-        name: Node(name, _kind(name), middle + (i - (len(row) - 1) / 2) * STEP_X, heights[level])
+        name: Node(name, _kind(name), middle + (i - (len(row) - 1) / 2) * _STEP_X, heights[level])
         for level, row in members.items()
         for i, name in enumerate(row)
     }

@@ -20,4 +20,9 @@ def name_of(artifact: Artifact) -> str:
     return short_name(artifact) or artifact.manifest.stage.replace("_", " ")
 
 
+def sae_title(artifact: Artifact, sae: str, n_artifacts: int) -> str:
+    """Return an SAE's name, with its artifact's where the report has SAEs of several artifacts."""
+    return sae if n_artifacts == 1 else f"{short_name(artifact) or artifact.id} {sae}"
+
+
 _SECTIONS = ("model", "prompts", "harvest", "saes", "features", "heads", "patch", "circuits", "report")

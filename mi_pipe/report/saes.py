@@ -7,7 +7,7 @@ import pandas as pd
 
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.report.figures import Figure, lines, scatter
-from mi_pipe.report.naming import name_of
+from mi_pipe.report.naming import sae_title
 from mi_pipe.report.page import Page
 
 _CURVES = {
@@ -43,7 +43,10 @@ def _joined(sets: Sequence[Artifact], name: str) -> pd.DataFrame:
     frames = [artifact.read_table(name) for artifact in sets]
     if len(sets) > _MANY:
         named = zip(frames, sets, strict=True)
-        frames = [frame.assign(sae=[f"{name_of(artifact)} {sae}" for sae in frame["sae"]]) for frame, artifact in named]
+        frames = [
+            frame.assign(sae=[sae_title(artifact, str(sae), len(sets)) for sae in frame["sae"]])
+            for frame, artifact in named
+        ]
     return pd.concat(frames, ignore_index=True)
 
 

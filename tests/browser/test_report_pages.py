@@ -80,6 +80,8 @@ class TestFeatures:
 
     def test_the_list_is_sorted_and_filtered(self, browser):
         self.open(browser)
+        assert len(self.names(browser)) == 55
+        self.type(browser, "show", "alive")
         assert self.names(browser) == [feature for feature in reversed(range(D_SAE)) if feature != 7]
         browser.run("document.getElementById('direction').click()")
         assert self.names(browser)[:3] == [0, 1, 2]
@@ -112,6 +114,7 @@ class TestFeatures:
 
     def test_arrow_keys_walk_through_the_list_over_chunks(self, browser):
         self.open(browser, "#feature=59")
+        self.type(browser, "show", "alive")
         press = "document.getElementById('features').dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0]}))"
         browser.run(press, "ArrowDown")
         browser.until("document.querySelector('#dashboard h2').textContent === 'Feature 58'")
@@ -123,6 +126,7 @@ class TestFeatures:
     def test_a_dead_feature_says_so(self, browser):
         self.open(browser, "#feature=7")
         assert "never fired" in browser.text("#dashboard")
+        assert 7 in self.names(browser)
 
 
 class TestAttention:

@@ -59,6 +59,14 @@ def test_dashboards_hold_what_the_tables_hold(artifacts):
     assert SAE not in keys[0]
 
 
+def test_saes_of_two_artifacts_are_told_apart(artifacts):
+    found = of(artifacts, "score_features")
+    page = features.page(found, 0)
+    assert [sae["name"] for sae in page.context["saes"]] == [SAE]
+    twice = features.page([*found, *found], 0)
+    assert twice.context["saes"][0]["name"] == f"{found[0].id} {SAE}"
+
+
 def test_packed_patterns_are_lower_triangles_to_sixteen_bits():
     rng = np.random.default_rng(0)
     pattern = rng.random((2, 5, 5)) * np.tril(np.ones((5, 5)))

@@ -10,7 +10,9 @@
   const cut = (id, other) => (by(id).value === "" ? other : Number(by(id).value));
 
   function matches(i, words) {
-    if (by("show").value !== "all" && (by("show").value === "dead") !== Boolean(index.dead[i])) return false;
+    const show = by("show").value;
+    if (show === "board" && index.place[i] < 0) return false;
+    if ((show === "alive" && index.dead[i]) || (show === "dead" && !index.dead[i])) return false;
     if (index.density[i] < cut("low", -1) || index.density[i] > cut("high", 2)) return false;
     if (!words) return true;
     if (String(index.feature[i]) === words) return true;
@@ -121,8 +123,9 @@
     index = await load(sae.key + "/index");
     filter();
     const wanted = feature == null ? -1 : index.feature.indexOf(Number(feature));
+    if (wanted >= 0 && !shown.includes(wanted)) { by("show").value = "all"; filter(); }
     const start = wanted >= 0 ? wanted : shown.find((i) => index.place[i] >= 0);
-    if (start == null) board.replaceChildren(el("p", { class: "fine" }, "No feature of this SAE fired."));
+    if (start == null) board.replaceChildren(el("p", { class: "fine" }, "No feature of this SAE has a dashboard."));
     else await choose(start);
   }
 

@@ -1,7 +1,7 @@
 "use strict";
 /* Heatmaps on canvas with labels, a tip for each cell, and arrow keys; the static image stays where there is no script. */
 (() => {
-  const MAX_CELL = 64, MIN_CELL = 9, FONT = 11;
+  const MAX_CELL = 64, MIN_CELL = 9, MIN_SQUARE = 4, MANY_ROWS = 16, FONT = 11;
 
   /** Draw `view` into `host`; `options.onpick(row, column)` on click or Enter, `onmove` on hover. */
   function heatmap(host, view, options = {}) {
@@ -19,8 +19,8 @@
       const left = Math.min(longest(view.rows), 130) + 24;
       const bottom = (slanted ? Math.min(longest(view.columns), 110) * 0.87 + 10 : 16) + 18;
       const room = (host.clientWidth || 600) - left - 6;
-      const width = Math.min(Math.max(Math.floor(room / n.columns), MIN_CELL), options.cell || MAX_CELL);
-      const height = options.square ? width : Math.min(Math.max(width, 16), options.cell || 32);
+      const width = Math.min(Math.max(Math.floor(room / n.columns), options.square ? MIN_SQUARE : MIN_CELL), options.cell || MAX_CELL);
+      const height = options.square ? width : Math.min(Math.max(width, 16), n.rows > MANY_ROWS ? 18 : 32);
       layout = { left, bottom, width, height, slanted, longest: longest(view.columns), top: 4 };
       layout.w = left + width * n.columns + (slanted ? 6 : 4);
       layout.h = layout.top + height * n.rows + bottom;
