@@ -144,12 +144,10 @@ def _apply(content: dict[str, Any], override: str, lines: dict[tuple[str, ...], 
     except yaml.YAMLError as error:
         raise ConfigError(f"The value of the override {override!r} is not YAML.") from error
     target: Any = content
-    for part in path[:-1]:
-        if not isinstance(target, dict):
-            raise ConfigError(f"The override {override!r} goes below {part!r}, which is no section.")
+    for depth, part in enumerate(path[:-1], start=1):
         target = target.setdefault(part, {})
-    if not isinstance(target, dict):
-        raise ConfigError(f"The override {override!r} goes below {path[-2]!r}, which is no section.")
+        if not isinstance(target, dict):
+            raise ConfigError(f"The override {override!r} goes below {'.'.join(path[:depth])!r}, which is no section.")
     if value is None and len(path) == 1:
         target.pop(path[0], None)
     else:
