@@ -77,11 +77,11 @@ def test_a_restored_trainer_takes_the_same_steps_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("n_kills", [1, pytest.param(4, marks=pytest.mark.storm)])
 def test_a_killed_training_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, n_kills):
-    config = _config(n_steps=1000, checkpoint_every=3)
+    config = _config(n_steps=250 * n_kills, checkpoint_every=5)
     whole = execute(STAGE, config, Inputs(), Store(tmp_path / "whole")).artifact
     store = Store(tmp_path / "killed")
     for _ in range(n_kills):
-        _killed_run(config, store, random.uniform(0.0, 0.3))
+        _killed_run(config, store, random.uniform(0.0, 0.2))
     finished = execute(STAGE, config, Inputs(), store)
     assert finished.outcome == "Resumed"
     for name in ("weights.safetensors", "training.parquet", "model_config.json"):
