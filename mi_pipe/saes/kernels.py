@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from mi_pipe.models.device import multiplies_bfloat16
 from mi_pipe.saes.code import FeatureOrder, SparseCode
 
 Precision = Literal["float32", "bfloat16"]
@@ -27,11 +28,8 @@ _GATHER_ENTRIES = 1 << 15
 
 
 def pick_precision(device: torch.device) -> Precision:
-    """Return bfloat16 where the device multiplies it faster than float32 (CUDA, CPUs with AMX), or float32."""
-    if device.type == "cuda":
-        return "bfloat16"
-    has_amx = device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-    return "bfloat16" if has_amx else "float32"
+    """Return bfloat16 where the device has instructions for its products, else float32."""
+    return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
 def pre_activations(
