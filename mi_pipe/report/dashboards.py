@@ -62,7 +62,8 @@ class Examples:
         window = slice(self.offsets[i], self.offsets[i + 1])
         tokens = [texts.setdefault(self.words[j], len(texts)) for j in self.token[window].tolist()]
         strength = self.strength[window]
-        places = np.flatnonzero(strength)
+        # NaN marks tokens that are not stored (BOS, massive rows): nothing fired there as far as is known.
+        places = np.flatnonzero(np.nan_to_num(strength))
         place = [int(self.prompt[i]), int(self.first_pos[i]), int(self.peak[i])]
         activation = rounded(self.activation[i : i + 1], DIGITS)
         return [self.group[i], *activation, *place, tokens, places.tolist(), rounded(strength[places], DIGITS)]
