@@ -132,7 +132,9 @@ def _sweep_chunk(config: PatchConfig, plan: _Plan, model: Model, chunk: Chunk, w
         values = sweep_layer(engine, unit, layer, plan.info.n_heads, config.batch_tokens)
         _save(work, _key(chunk, unit, layer), values)
         work.ledger.mark(_key(chunk, unit, layer))
-        work.progress.update(work.ledger.n_done, plan.n_work, "layers", f"{unit} {layer}, {chunk.name}")
+        work.progress.update(
+            work.ledger.n_done, plan.n_work, "layers", f"{unit} {layer}, prompts of {chunk.group.n_pos} tokens"
+        )
 
 
 def _store_base(

@@ -1,9 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +13,9 @@ from mi_pipe.circuits.recording import Pairs
 from mi_pipe.core.errors import ConfigError, PromptError, StageError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
+from stages import circuits as stage
 from stages.circuits import STAGE, Inputs
+from tests.stages.killed import resume_after_kill
 from tests.stages.toys import toy_corpus, toy_model, toy_task
 
 CONFIG = CircuitsConfig(
@@ -181,34 +177,7 @@ def test_pairs_that_do_not_differ_are_refused_with_the_reason(store, inputs):
 
 @pytest.mark.parametrize("kill_at", [9, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_killed_stage_continues_and_ends_with_the_same_bytes(tmp_path, found, inputs, kill_at):
-    other = Store(tmp_path / "other")
-    script = textwrap.dedent(
-        """
-        import os, signal, sys
-        from pathlib import Path
-        import torch
-        from mi_pipe.core.progress import Progress
-        from mi_pipe.core.stage import execute
-        from mi_pipe.core.store import Store
-        from mi_pipe.models.trained import TrainedModel
-        from mi_pipe.prompts.prompt_set import PromptSet
-        from stages.circuits import STAGE, Inputs
-        from tests.stages.test_circuits import CONFIG
-
-        torch.set_num_threads(1)
-        def kill(tick):
-            if tick.done >= int(sys.argv[4]):
-                os.kill(os.getpid(), signal.SIGKILL)
-        inputs = Inputs(TrainedModel(Path(sys.argv[2])), PromptSet(Path(sys.argv[3])))
-        execute(STAGE, CONFIG, inputs, Store(Path(sys.argv[1])), Progress(kill, every_s=0))
-        """
-    )
-    paths = [other.root, inputs.model.path, inputs.task.path]
-    command = [sys.executable, "-c", script, *map(str, paths), str(kill_at)]
-    done = subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    result = execute(STAGE, CONFIG, inputs, other)
-    assert result.outcome == "Resumed"
+    result = resume_after_kill(stage, CONFIG, inputs, Store(tmp_path / "other"), kill_at)
     assert result.artifact.digest == found.digest
     assert {name: entry.checksum for name, entry in result.artifact.manifest.files.items()} == {
         name: entry.checksum for name, entry in found.manifest.files.items()

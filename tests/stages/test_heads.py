@@ -1,9 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +9,9 @@ from mi_pipe.attention.head_scores import HeadScores
 from mi_pipe.core.errors import ConfigError, PromptError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
+from stages import heads as stage
 from stages.heads import STAGE, HeadsConfig, Inputs
+from tests.stages.killed import resume_after_kill
 from tests.stages.toys import toy_corpus, toy_model, toy_task
 
 CONFIG = HeadsConfig(n_sequences=4, period=10, n_pattern_prompts=3, device="cpu", batch_tokens=40)
@@ -108,41 +104,5 @@ def test_prompts_longer_than_the_context_are_refused(store, inputs):
 
 
 def test_killed_heads_continue_and_end_with_the_same_bytes(tmp_path, heads, inputs):
-    other = Store(tmp_path / "other")
-    script = textwrap.dedent(
-        """
-        import os, signal, sys
-        from pathlib import Path
-        import torch
-        from mi_pipe.core.progress import Progress
-        from mi_pipe.core.stage import execute
-        from mi_pipe.core.store import Store
-        from mi_pipe.models.trained import TrainedModel
-        from mi_pipe.prompts.prompt_set import PromptSet
-        from stages.heads import STAGE, Inputs
-        from tests.stages.test_heads import CONFIG
-
-        torch.set_num_threads(1)
-        def kill(tick):
-            if tick.done >= 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-        inputs = Inputs(TrainedModel(Path(sys.argv[2])), [PromptSet(Path(path)) for path in sys.argv[3:]])
-        execute(STAGE, CONFIG, inputs, Store(Path(sys.argv[1])), Progress(kill, every_s=0))
-        """
-    )
-    paths = [str(path) for path in (other.root, inputs.model.path, *(task.path for task in inputs.tasks))]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *paths],
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        result = execute(STAGE, CONFIG, inputs, other)
-    finally:
-        torch.set_num_threads(threads)
-    assert result.outcome == "Resumed"
+    result = resume_after_kill(stage, CONFIG, inputs, Store(tmp_path / "other"), at=4)
     assert result.artifact.digest == heads.digest

@@ -1,12 +1,5 @@
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 import zarr
 
@@ -15,8 +8,10 @@ from mi_pipe.core.errors import ConfigError, PromptError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
 from mi_pipe.patching.effects import PatchEffects
+from stages import patch as stage
 from stages.patch import STAGE, Inputs, PatchConfig
 from tests.patching.pairs import brute_force
+from tests.stages.killed import resume_after_kill
 from tests.stages.toys import toy_corpus, toy_model, toy_task
 
 CONFIG = PatchConfig(max_pairs=5, device="cpu", batch_tokens=64)
@@ -127,38 +122,7 @@ def test_prompts_longer_than_the_context_are_refused(store, inputs):
         execute(STAGE, CONFIG, Inputs(model=short, task=inputs.task), store)
 
 
-def test_a_killed_sweep_continues_and_ends_with_the_same_bytes(tmp_path, effects, store, inputs):
-    other = Store(tmp_path / "other")
-    script = textwrap.dedent(
-        """
-        import os, signal, sys
-        import torch
-        from mi_pipe.core.progress import Progress
-        from mi_pipe.core.stage import execute
-        from mi_pipe.core.store import Store
-        from mi_pipe.models.trained import TrainedModel
-        from mi_pipe.prompts.prompt_set import PromptSet
-        from pathlib import Path
-        from stages.patch import STAGE, Inputs
-        from tests.stages.test_patch import CONFIG
-
-        torch.set_num_threads(1)
-        def kill(tick):
-            if tick.done >= 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-        inputs = Inputs(TrainedModel(Path(sys.argv[2])), PromptSet(Path(sys.argv[3])))
-        execute(STAGE, CONFIG, inputs, Store(Path(sys.argv[1])), Progress(kill, every_s=0))
-        """
-    )
-    command = [sys.executable, "-c", script, str(other.root), str(inputs.model.path), str(inputs.task.path)]
-    done = subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        result = execute(STAGE, CONFIG, inputs, other)
-    finally:
-        torch.set_num_threads(threads)
-    assert result.outcome == "Resumed"
+def test_a_killed_sweep_continues_and_ends_with_the_same_bytes(tmp_path, effects, inputs):
+    result = resume_after_kill(stage, CONFIG, inputs, Store(tmp_path / "other"), at=5)
     assert result.artifact.digest == effects.digest
     assert result.artifact.manifest.files.keys() == effects.manifest.files.keys()
