@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 
 from mi_pipe.core.artifact import Artifact
+from mi_pipe.core.destination import fetch_manifest
 from mi_pipe.core.manifest import MANIFEST_NAME, read_manifest
+from mi_pipe.core.place import is_url
 from mi_pipe.core.store import Store
 
 VIEWS = {
@@ -24,13 +26,17 @@ VIEWS = {
 def open_artifact(id_or_path: str | os.PathLike[str], store: Store | str | os.PathLike[str] | None = None) -> Artifact:
     """Open a published artifact with the readers of its stage.
 
-    `id_or_path` is an id, the beginning of one, or an artifact's folder. Raises ArtifactNotFoundError,
-    ArtifactIncompleteError or ArtifactDamagedError, each saying what to do.
+    `id_or_path` is an id, the beginning of one, an artifact's folder, or its URL in an object store (large files are
+    then read from there, small ones kept in the store). Raises ArtifactNotFoundError, ArtifactIncompleteError,
+    ArtifactDamagedError or PlaceError, each saying what to do.
     """
-    path = Path(id_or_path)
+    if is_url(text := os.fspath(id_or_path)):
+        path = fetch_manifest(text, store if isinstance(store, Store) else Store(store))
+    else:
+        path = Path(id_or_path)
     if not (path / MANIFEST_NAME).exists():
         store = store if isinstance(store, Store) else Store(store)
-        path = store.folder(store.find(os.fspath(id_or_path)))
+        path = store.folder(store.find(text))
     manifest = read_manifest(path)
     module_name, _, class_name = VIEWS.get(manifest.stage, "mi_pipe.core.artifact:Artifact").partition(":")
     view: type[Artifact] = getattr(importlib.import_module(module_name), class_name)

@@ -5,8 +5,6 @@ without a commit record and ends with the bytes of an uninterrupted one.
 """
 
 import json
-import shutil
-from collections.abc import Container
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -15,10 +13,9 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from mi_pipe.activations.commits import COMMITS_FOLDER, Commit, committed
+from mi_pipe.activations.filling import HarvestJob
 from mi_pipe.activations.forward import ForwardPass
-from mi_pipe.activations.group import GROUP_NAME, create_group, plan_of_group
-from mi_pipe.activations.harvester import harvest_shards
+from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.hook_selection import array_layouts, check_shard_rows, select_hooks
 from mi_pipe.activations.layout import StoreLayout, shard_rows_for
 from mi_pipe.activations.plan import HarvestPlan, Tokens, kept_tokens
@@ -27,13 +24,13 @@ from mi_pipe.activations.precision_sample import measure_precision
 from mi_pipe.activations.row_table import TOKENS_FILE, row_table
 from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
 from mi_pipe.activations.store import PRECISION_FILE, PROMPTS_FILE, STATISTICS_FILE
-from mi_pipe.activations.sums_file import SUMS_FOLDER, read_sums
 from mi_pipe.activations.totals import totals
-from mi_pipe.activations.writer import ShardWriter, StorageOverflowError
+from mi_pipe.activations.writer import StorageOverflowError
 from mi_pipe.core.atomic import write_bytes
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import PromptError
 from mi_pipe.core.manifest import Scalar
+from mi_pipe.core.place import Place
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.models.device import pick_device
@@ -76,6 +73,8 @@ class HarvestConfig(Config):
     """Rows of a shard, a power of two; by default at most 134 MB, and less for small stores."""
     device: Annotated[str, Execution()] = "auto"
     """Device of the model: auto, cuda, mps or cpu."""
+    destination: Annotated[str | None, Execution()] = None
+    """URL of an object store to write to (`s3://bucket/prefix`); by default the store's own folder."""
 
 
 def estimate(config: HarvestConfig, inputs: Inputs) -> Estimate:
@@ -102,15 +101,25 @@ def run(config: HarvestConfig, inputs: Inputs, work: Workspace) -> dict[str, Sca
 
 
 def _harvest(config: HarvestConfig, inputs: Inputs, work: Workspace, store_dtype: StoreDType) -> dict[str, Scalar]:
-    plan = make_plan(config, inputs, store_dtype)
-    _prepare_folder(plan, inputs, work, store_dtype)
-    done = _done_shards(plan, work)
-    work.ledger.expect(plan.layout.n_shards)
-    if len(done) < plan.layout.n_shards or not work.path(PRECISION_FILE).exists():
+    job = make_job(config, inputs, work.place_at(config.destination), work.scratch_at(config.destination), store_dtype)
+    n_shards = job.plan.layout.n_shards
+    if job.prepare(work.scratch / "group", _attributes(inputs, store_dtype)):
+        work.path(PRECISION_FILE).unlink(missing_ok=True)
+    todo = _mark_done(job, work)
+    work.ledger.expect(n_shards)
+    if todo or not work.path(PRECISION_FILE).exists():
         model = load_source(inputs.model, config.device, "float32")
-        _measure_precision(config, plan, model, work, store_dtype)
-        _fill_shards(plan, ForwardPass(model, _names(plan), _precision(config), store_dtype), work, done)
-    return _finish(plan, config, inputs, work)
+        _measure_precision(config, job.plan, model, work, store_dtype)
+        forward = ForwardPass(model, job.hooks, _precision(config), store_dtype)
+        _fill(job, forward, work, todo)
+    return _finish(job, config, inputs, work)
+
+
+def make_job(
+    config: HarvestConfig, inputs: Inputs, place: Place, scratch: Place, store_dtype: StoreDType
+) -> HarvestJob:
+    """Return the plan with the places of its shards and of their sums."""
+    return HarvestJob(make_plan(config, inputs, store_dtype), place, scratch)
 
 
 def make_plan(config: HarvestConfig, inputs: Inputs, store_dtype: StoreDType) -> HarvestPlan:
@@ -148,43 +157,17 @@ def _precision(config: HarvestConfig) -> Precision:
     return pick_precision(config.precision, pick_device(config.device))
 
 
-def _names(plan: HarvestPlan) -> list[str]:
-    return [array.name for array in plan.layout.arrays]
+def _attributes(inputs: Inputs, store_dtype: StoreDType) -> dict[str, Any]:
+    return {"model": inputs.model.id, "prompts": inputs.prompts.id, "store_dtype": store_dtype}
 
 
-def _prepare_folder(plan: HarvestPlan, inputs: Inputs, work: Workspace, store_dtype: StoreDType) -> None:
-    """Make the group unless it is there; what another plan left (other store dtype, older version) goes first."""
-    group = work.folder / GROUP_NAME
-    if group.exists() and plan_of_group(group) != plan.hash:
-        work.path(PRECISION_FILE).unlink(missing_ok=True)
-        for folder in (work.folder / COMMITS_FOLDER, work.scratch / SUMS_FOLDER, group):
-            shutil.rmtree(folder, ignore_errors=True)
-    if group.exists():
-        return
-    attributes: dict[str, Any] = {
-        "plan_hash": plan.hash,
-        "model": inputs.model.id,
-        "prompts": inputs.prompts.id,
-        "hooks": _names(plan),
-        "store_dtype": store_dtype,
-        "n_tokens": plan.layout.n_rows,
-        "n_prompts": plan.tokens.n_prompts,
-        "shard_rows": plan.layout.shard_rows,
-    }
-    tokens = plan.tokens
-    create_group(group, work.scratch / "group", plan.layout, tokens.row_arrays(), tokens.row_offsets, attributes)
-
-
-def _done_shards(plan: HarvestPlan, work: Workspace) -> dict[int, Commit]:
-    """Return the records of finished shards; the ledger follows them."""
-    done: dict[int, Commit] = {}
-    for shard in range(plan.layout.n_shards):
-        commit = committed(work.folder, work.folder / GROUP_NAME, plan.layout, plan.hash, shard)
-        if commit is not None and read_sums(work.scratch, shard) is not None:
-            done[shard] = commit
-            if _unit(shard) not in work.ledger:
-                work.ledger.mark(_unit(shard))
-    return done
+def _mark_done(job: HarvestJob, work: Workspace) -> list[int]:
+    """Let the ledger follow the commit records; return the shards that are to be done."""
+    done = job.commits()
+    for shard in done:
+        if _unit(shard) not in work.ledger:
+            work.ledger.mark(_unit(shard))
+    return [shard for shard in range(job.plan.layout.n_shards) if shard not in done]
 
 
 def _unit(shard: int) -> str:
@@ -209,27 +192,23 @@ def _measure_precision(
     )
 
 
-def _fill_shards(plan: HarvestPlan, forward: ForwardPass, work: Workspace, done: Container[int]) -> None:
-    layout, group = plan.layout, work.folder / GROUP_NAME
+def _fill(job: HarvestJob, forward: ForwardPass, work: Workspace, todo: list[int]) -> None:
+    n_rows = job.plan.layout.n_rows
 
     def on_commit(shard: int) -> None:
         work.ledger.mark(_unit(shard))
 
-    def on_rows(n_rows: int) -> None:
-        work.progress.update(n_rows, layout.n_rows, "rows")
+    def on_rows(n_done: int) -> None:
+        work.progress.update(n_done, n_rows, "rows")
 
-    with ShardWriter(work.folder, group, work.scratch, layout, plan.hash, on_commit) as writer:
-        harvest_shards(plan, forward, writer, done, on_rows)
+    job.fill(forward, todo, on_commit, on_rows)
 
 
-def _finish(plan: HarvestPlan, config: HarvestConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
+def _finish(job: HarvestJob, config: HarvestConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
     """Write statistics and tables, hand over the shards' checksums, and return the main figures."""
-    for shard in range(plan.layout.n_shards):
-        commit = committed(work.folder, work.folder / GROUP_NAME, plan.layout, plan.hash, shard)
-        assert commit is not None, "every shard is written and committed by now"
-        for key, (_, checksum) in commit.files.items():
-            work.checksum(f"{GROUP_NAME}/{key}", f"crc32c:{checksum}")
-    found = totals(work.folder / GROUP_NAME, work.scratch, plan.layout, config.massive_factor)
+    plan = job.plan
+    _list_files(job, work)
+    found = totals(job.place.within(GROUP_NAME), job.scratch, plan.layout, config.massive_factor)
     tensors = {key: value for name, item in found.items() for key, value in item.statistics.to_tensors(name).items()}
     work.write_tensors(STATISTICS_FILE, tensors)
     texts = pd.Series(inputs.prompts.token_table()["text"])
@@ -246,6 +225,15 @@ def _finish(plan: HarvestPlan, config: HarvestConfig, inputs: Inputs, work: Work
         "n_massive": max(item.statistics.n_massive for item in found.values()),
         "fvu_added": max(error["fvu_added"] for error in errors["hooks"].values()),
     }
+
+
+def _list_files(job: HarvestJob, work: Workspace) -> None:
+    """Tell the workspace of the files that lie at the job's place, with the checksums they were written with."""
+    commits = job.commits()
+    assert len(commits) == job.plan.layout.n_shards, "every shard is written and committed by now"
+    for commit in commits.values():
+        for key, (size_bytes, checksum) in commit.files.items():
+            work.checksum(f"{GROUP_NAME}/{key}", f"crc32c:{checksum}", size_bytes)
 
 
 STAGE = Stage(name="harvest", version=1, config=HarvestConfig, inputs=Inputs, run=run, estimate=estimate)

@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+pytest_plugins = ["tests.faults.object_store"]
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -6,10 +6,12 @@ the group. No times in it, so a shard done twice gives the same record.
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
+from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.layout import StoreLayout
-from mi_pipe.core.atomic import write_json
+from mi_pipe.core.atomic import json_bytes
+from mi_pipe.core.errors import StageError
+from mi_pipe.core.place import Place
 
 COMMITS_FOLDER = "commits"
 
@@ -34,39 +36,44 @@ def commit_name(shard: int) -> str:
     return f"{COMMITS_FOLDER}/{shard:06d}.json"
 
 
-def write_commit(folder: Path, commit: Commit) -> None:
-    """Write a record below the artifact's folder, atomically and durably."""
+def write_commit(place: Place, commit: Commit) -> None:
+    """Write a record at an artifact's place, once; raises StageError if another writer's differs from it."""
     record = {
         "shard": commit.shard,
         "rows": list(commit.rows),
         "plan": commit.plan,
         "files": {key: list(entry) for key, entry in commit.files.items()},
     }
-    write_json(folder / commit_name(commit.shard), record)
+    if not place.create(commit_name(commit.shard), json_bytes(record)):
+        raise StageError(conflict_text(place, commit.shard))
 
 
-def read_commit(folder: Path, shard: int) -> Commit | None:
+def conflict_text(place: Place, shard: int) -> str:
+    """Say that two writers of one shard disagree."""
+    return (
+        f"Shard {shard} in {place.url} was committed with other bytes than this run computed: another machine or "
+        "another version of torch is filling the same store. Let one of them finish alone."
+    )
+
+
+def read_commit(place: Place, shard: int) -> Commit | None:
     """Return a shard's record, or None if there is none that can be read."""
     try:
-        record = json.loads((folder / commit_name(shard)).read_bytes())
+        record = json.loads(place.read(commit_name(shard)))
         start, stop = record["rows"]
         files = {str(key): (int(size), str(crc)) for key, (size, crc) in record["files"].items()}
         return Commit(int(record["shard"]), (int(start), int(stop)), str(record["plan"]), files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def committed(folder: Path, group: Path, layout: StoreLayout, plan: str, shard: int) -> Commit | None:
+def committed(place: Place, layout: StoreLayout, plan: str, shard: int) -> Commit | None:
     """Return a shard's record if the shard is done: same plan, all files there with their sizes; else None."""
-    commit = read_commit(folder, shard)
+    commit = read_commit(place, shard)
     if commit is None or commit.plan != plan or commit.shard != shard or commit.rows != layout.bounds(shard):
         return None
     keys = {array.key(shard) for array in layout.arrays}
     if set(commit.files) != keys:
         return None
-    whole = all(_has_size(group / key, size) for key, (size, _) in commit.files.items())
+    whole = all(place.size(f"{GROUP_NAME}/{key}") == size for key, (size, _) in commit.files.items())
     return commit if whole else None
-
-
-def _has_size(path: Path, size_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == size_bytes

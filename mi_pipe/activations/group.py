@@ -1,14 +1,14 @@
 """The Zarr v3 group: metadata of the hook points' arrays, and the small arrays that index their rows.
 
-The group is built apart and renamed into place with everything in it but the shards, so it is there whole or not.
+The group is built apart and put into place with everything in it but the shards, its own metadata last, so it is there
+whole or not.
 It opens with zarr, xarray and dask as it is; nothing in it changes while shards are added.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import zarr
@@ -17,25 +17,26 @@ from zarr.codecs import Crc32cCodec
 
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout
 from mi_pipe.activations.storage_dtype import fill_value, numpy_dtype
-from mi_pipe.core.atomic import fsync_folder
+from mi_pipe.core.place import LocalPlace, Place
 
 GROUP_NAME = "activations.zarr"
 SCHEMA = "mi_pipe.activations/1"
 TOKEN_DIMENSION = "token"  # noqa: S105 (the dimension's name)
 ROW_ARRAYS = ("token_id", "prompt_idx", "pos")
 PROMPT_OFFSET = "prompt_offset"
+_METADATA = "zarr.json"
 _ROW_FILL = -1
 
 
 def create_group(
-    path: Path,
+    place: Place,
     building: Path,
     layout: StoreLayout,
     row_arrays: dict[str, Shaped[np.ndarray, " token"]],
     prompt_offset: Shaped[np.ndarray, " prompt_edge"],
     attributes: dict[str, Any],
 ) -> None:
-    """Make the group at `path`, by way of the folder `building` on the same disk; nothing is left half-made."""
+    """Make the group at an artifact's place, by way of the local folder `building`."""
     shutil.rmtree(building, ignore_errors=True)
     group = zarr.create_group(building, zarr_format=3, attributes={"schema": SCHEMA, **attributes})
     for array in layout.arrays:
@@ -43,18 +44,36 @@ def create_group(
     for name in ROW_ARRAYS:
         _write_index(group, name, row_arrays[name].astype("<i4"), layout.shard_rows, TOKEN_DIMENSION)
     _write_index(group, PROMPT_OFFSET, prompt_offset.astype("<i8"), len(prompt_offset), "prompt_edge")
-    _make_durable(building)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building.rename(path)
-    fsync_folder(path.parent)
+    built = LocalPlace(building)
+    for key in sorted(built.keys(), key=lambda key: (key == _METADATA, key)):
+        place.write(f"{GROUP_NAME}/{key}", built.read(key))
+    shutil.rmtree(building)
 
 
-def plan_of_group(path: Path) -> str | None:
-    """Return the plan's hash in a group's attributes, or None if they cannot be read."""
+def remove_group(place: Place) -> None:
+    """Remove the group at an artifact's place, its metadata first, so that no half of it passes for whole."""
+    place.remove(f"{GROUP_NAME}/{_METADATA}")
+    for key in list(place.keys(GROUP_NAME)):
+        place.remove(key)
+
+
+def plan_of_group(place: Place) -> str | None:
+    """Return the plan's hash in the attributes of the group at an artifact's place, or None if there is none."""
     try:
-        return json.loads((path / "zarr.json").read_bytes())["attributes"]["plan_hash"]
-    except (OSError, ValueError, KeyError):
+        return json.loads(place.read(f"{GROUP_NAME}/{_METADATA}"))["attributes"]["plan_hash"]
+    except (FileNotFoundError, ValueError, KeyError):
         return None
+
+
+def zarr_store(group: Place) -> Any:
+    """Return what zarr-python and xarray open a group by."""
+    if isinstance(group, LocalPlace):
+        return str(group.root)
+    from zarr.storage import ObjectStore
+
+    from mi_pipe.core.object_place import ObjectPlace
+
+    return ObjectStore(cast(ObjectPlace, group).store, read_only=True)
 
 
 def _create_hook_array(group: zarr.Group, array: ArrayLayout, n_rows: int) -> None:
@@ -91,13 +110,3 @@ def _write_index(
         config={"write_empty_chunks": True},
     )
     array[:] = values
-
-
-def _make_durable(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            fsync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    fsync_folder(folder)

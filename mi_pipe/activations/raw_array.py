@@ -6,8 +6,7 @@ ArtifactDamagedError, where zarr itself would answer a missing file with the fil
 
 import itertools
 import json
-import os
-from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -16,12 +15,13 @@ from mi_pipe.activations.layout import CRC_BYTES, ArrayLayout
 from mi_pipe.activations.shard_file import crc32c
 from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
 from mi_pipe.core.errors import ArtifactDamagedError
+from mi_pipe.core.place import OpenFile, Place
 
 
 class RawArray:
-    """One hook point's array in a group on the local disk."""
+    """One hook point's array in a group."""
 
-    def __init__(self, group: Path, name: str, verify: bool = True) -> None:
+    def __init__(self, group: Place, name: str, verify: bool = True) -> None:
         """Open the array `name` of `group`; raises ArtifactDamagedError if it is not laid out as mi_pipe writes."""
         self._group = group
         self.layout, self.n_rows = read_array_layout(group, name)
@@ -68,7 +68,7 @@ class RawArray:
         chunk, within = divmod(row, layout.chunk_rows)
         local = chunk % layout.chunks_per_shard
         if self._is_verified[chunk]:
-            shard.read(out.data.cast("B"), local * layout.chunk_stride + within * layout.row_bytes)
+            shard.read([out.data.cast("B")], local * layout.chunk_stride + within * layout.row_bytes)
             return
         whole = out if len(out) == layout.chunk_rows else np.empty((layout.chunk_rows, layout.width), out.dtype)
         shard.read_chunk(whole.reshape(-1).view(np.uint8), local)
@@ -80,50 +80,50 @@ class RawArray:
 class _Shard:
     """An open shard file."""
 
-    def __init__(self, group: Path, layout: ArrayLayout, shard: int, n_rows: int) -> None:
-        self._path = group / layout.key(shard)
+    def __init__(self, group: Place, layout: ArrayLayout, shard: int, n_rows: int) -> None:
+        self._key = layout.key(shard)
+        self._name = f"{group.url}/{self._key}"
         self._layout = layout
         self._size = layout.file_bytes(min(layout.shard_rows, n_rows - shard * layout.shard_rows))
-        self._handle = -1
+        try:
+            self._opened = group.open(self._key)
+        except FileNotFoundError as error:
+            raise ArtifactDamagedError(f"{self._name} is missing.{_REMEDY}") from error
 
     def __enter__(self) -> "_Shard":
-        try:
-            self._handle = os.open(self._path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise ArtifactDamagedError(f"{self._path} is missing.{_REMEDY}") from error
-        found = os.fstat(self._handle).st_size
-        if found != self._size:
-            os.close(self._handle)
-            raise ArtifactDamagedError(f"{self._path} has {found:,} bytes instead of {self._size:,}.{_REMEDY}")
+        self._file: OpenFile = self._opened.__enter__()
+        if self._file.size != self._size:
+            self.__exit__(None, None, None)
+            raise ArtifactDamagedError(
+                f"{self._name} has {self._file.size:,} bytes instead of {self._size:,}.{_REMEDY}"
+            )
         return self
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.__exit__(kind, error, trace)
 
-    def read(self, out: memoryview, offset: int) -> None:
-        while len(out):
-            n_read = os.preadv(self._handle, [out], offset)
-            if n_read == 0:
-                raise ArtifactDamagedError(f"{self._path} ends early.{_REMEDY}")
-            out, offset = out[n_read:], offset + n_read
+    def read(self, buffers: list[memoryview], offset: int) -> None:
+        if self._file.read_into(buffers, offset) != sum(buffer.nbytes for buffer in buffers):
+            raise ArtifactDamagedError(f"{self._name} ends early.{_REMEDY}")
 
     def read_chunk(self, out: Shaped[np.ndarray, " byte"], chunk: int) -> None:
         start = chunk * self._layout.chunk_stride
         stored = bytearray(CRC_BYTES)
-        self.read(out.data, start)
-        self.read(memoryview(stored), start + len(out))
+        self.read([out.data, memoryview(stored)], start)
         if crc32c(out) != int.from_bytes(stored, "little"):
-            raise ArtifactDamagedError(f"Chunk {chunk} of {self._path} differs from its checksum.{_REMEDY}")
+            raise ArtifactDamagedError(f"Chunk {chunk} of {self._name} differs from its checksum.{_REMEDY}")
 
 
 _REMEDY = " Remove the artifact with `mi-pipe rm` and run its recipe again."
 
 
-def read_array_layout(group: Path, name: str) -> tuple[ArrayLayout, int]:
+def read_array_layout(group: Place, name: str) -> tuple[ArrayLayout, int]:
     """Read an array's metadata; raises ArtifactDamagedError unless it is the sharded layout that mi_pipe writes."""
-    path = group / name / "zarr.json"
+    path = f"{group.url}/{name}/zarr.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(group.read(f"{name}/zarr.json"))
         shape, codec = meta["shape"], meta["codecs"][0]
         inner = codec["configuration"]
         store_dtype: StoreDType = meta["attributes"].get("logical_dtype", meta["data_type"])

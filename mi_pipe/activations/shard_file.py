@@ -7,7 +7,6 @@ beyond the array's end), and its CRC-32C. Zarr v3 specification, "sharding_index
 """
 
 import itertools
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -15,7 +14,6 @@ from jaxtyping import Int, Shaped
 
 from mi_pipe.activations.layout import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayLayout
 from mi_pipe.activations.storage_dtype import fill_value, numpy_dtype
-from mi_pipe.core.atomic import atomic_path
 
 _NO_CHUNK = np.iinfo(np.uint64).max
 
@@ -85,12 +83,3 @@ def chunk_view(
         buffer=file_bytes.data,
         strides=(layout.chunk_stride, layout.row_bytes, dtype.itemsize),
     )
-
-
-def write_shard(path: Path, data: Shaped[np.ndarray, " byte"]) -> tuple[int, str]:
-    """Write a whole shard file atomically and durably; return its size and its CRC-32C as 8 hex digits."""
-    with atomic_path(path) as temp, temp.open("wb", buffering=0) as file:
-        written = 0
-        while written < len(data):
-            written += file.write(data[written:].data) or 0
-    return len(data), f"{crc32c(data):08x}"

@@ -4,6 +4,7 @@ Rows are kept tokens in prompt order. Everything is read on demand; `read_rows` 
 files and compare checksums on first touch.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,17 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from mi_pipe.activations import frames
-from mi_pipe.activations.group import GROUP_NAME
+from mi_pipe.activations import describe, frames, summaries
+from mi_pipe.activations.group import GROUP_NAME, zarr_store
 from mi_pipe.activations.raw_array import RawArray
 from mi_pipe.activations.row_table import MASSIVE_PREFIX, TOKENS_FILE
 from mi_pipe.activations.statistics import HookStatistics
 from mi_pipe.activations.storage_dtype import StoreDType, decode
+from mi_pipe.activations.token_table import TokenTable
+from mi_pipe.activations.where import Condition
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.errors import ConfigError, HookPointError, near_names
+from mi_pipe.core.place import Place
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -37,15 +41,25 @@ class ActivationStore(Artifact):
 
     @property
     def group_path(self) -> Path:
-        """The Zarr group, for any program that reads Zarr v3."""
+        """The Zarr group on this machine, for any program that reads Zarr v3; see `zarr_store` for remote ones."""
         return self.path / GROUP_NAME
+
+    @cached_property
+    def group_place(self) -> Place:
+        """Where the Zarr group lies."""
+        return self.place.within(GROUP_NAME)
+
+    @property
+    def zarr_store(self) -> Any:
+        """What zarr-python and xarray open the group by, here or in an object store."""
+        return zarr_store(self.group_place)
 
     @cached_property
     def group(self) -> "zarr.Group":
         """The Zarr group as zarr-python opens it."""
         import zarr
 
-        return zarr.open_group(self.group_path, mode="r")
+        return zarr.open_group(self.zarr_store, mode="r")
 
     @cached_property
     def _attributes(self) -> dict[str, Any]:
@@ -91,7 +105,7 @@ class ActivationStore(Artifact):
                 raise HookPointError(
                     f"{self.id} holds no {hook!r}.{near_names(hook, self.hooks)} It holds {', '.join(self.hooks)}."
                 )
-            self._arrays[hook] = RawArray(self.group_path, hook)
+            self._arrays[hook] = RawArray(self.group_place, hook)
         return self._arrays[hook]
 
     @cached_property
@@ -138,6 +152,11 @@ class ActivationStore(Artifact):
         """`prompts.parquet` of the prompt set."""
         return self.read_table(PROMPTS_FILE)
 
+    @cached_property
+    def token_table(self) -> TokenTable:
+        """`tokens.parquet` read block by block, for tables that do not fit into memory."""
+        return TokenTable(self.file(TOKENS_FILE), self.file(PROMPTS_FILE))
+
     def massive(self, hook: str) -> Bool[np.ndarray, " row"]:
         """Say for each row whether its norm at a hook point is massive."""
         column = MASSIVE_PREFIX + self.array(hook).layout.name
@@ -183,10 +202,27 @@ class ActivationStore(Artifact):
         mask[generator.permutation(self.n_prompts)[:n_held_out]] = True
         return mask
 
+    def condition(self, where: str, hook: str | None = None) -> Condition:
+        """Parse a condition on rows (see `mi_pipe/activations/where.py`), such as `token == ' Paris' and pos > 3`.
+
+        Columns are those of `tokens.parquet` (`token` stands for `text`) and of `prompts.parquet`; `massive` says
+        whether the row is massive at `hook`. Raises ConfigError for what has no meaning.
+        """
+        aliases = {"massive": MASSIVE_PREFIX + self.array(hook).layout.name} if hook else {}
+        return self.token_table.condition(where, aliases)
+
+    def rows(self, where: str | None = None, hook: str | None = None) -> Int[np.ndarray, " row"]:
+        """Return the rows that fulfil a condition (all without one), ascending, int64.
+
+        Only the columns that the condition names are read, block by block. Raises ConfigError as `condition` does.
+        """
+        if where is None:
+            return np.arange(self.n_rows)
+        return self.token_table.rows(self.condition(where, hook))
+
     def tokens(self, text: str) -> pd.DataFrame:
         """Return the table's lines whose token is just `text`, such as " Mary"; empty if there is none."""
-        table = self.table()
-        return table[table["text"] == text].set_index("row")
+        return self.token_table.take(self.rows(f"token == {text!r}")).set_index("row")
 
     def prompt(self, i: int) -> "xr.Dataset":
         """Return all activations of one prompt, in memory; raises IndexError beyond the last."""
@@ -203,10 +239,36 @@ class ActivationStore(Artifact):
         """Return one hook point as a lazy dask array (token, width), one task a shard."""
         return frames.to_dask(self, hook)
 
-    def to_pandas(self, hook: str, where: str | None = None, columns: list[int] | None = None) -> pd.DataFrame:
-        """Return rows of a hook point as a frame: the token table's columns, then one column a value.
+    def to_pandas(
+        self, hook: str | Sequence[str], where: str | None = None, columns: Sequence[int] | None = None
+    ) -> pd.DataFrame:
+        """Return rows of a hook point as a frame: what is known of their tokens, then one column a value.
 
-        `where` is a pandas query on the table, in which `token` stands for `text`:
-        `"token == ' Paris' and pos > 3"`. Only the rows asked for are read. `columns` picks values.
+        `where` picks rows as `rows` does: `"token == ' Paris' and pos > 3"`. Only these rows are read. `columns`
+        picks values. For a list of hook points the values' columns have two levels: `frame[hook][3]`. Raises
+        ConfigError for a condition or column that has no meaning, HookPointError for an unknown hook point.
         """
         return frames.to_pandas(self, hook, where, columns)
+
+    def mean(self, hook: str, where: str | None = None) -> Float[np.ndarray, " width"]:
+        """Return the mean of the rows that `where` picks, massive ones left out; float64, in constant memory."""
+        return summaries.mean(self, hook, where)
+
+    def by_token(self, hook: str, where: str | None = None) -> pd.DataFrame:
+        """Return how often each token occurs and how large its rows are, the most frequent first.
+
+        Index `token_id`; `text`, `n_rows`, `n_massive`, `mean_norm`, `std_norm`, `max_norm`, and `mean_distance` from
+        the mean of all rows. Reads the rows that `where` picks once, in constant memory.
+        """
+        return summaries.by_token(self, hook, where)
+
+    def by_layer(self) -> pd.DataFrame:
+        """Return norms, variance and effective dimensions of each hook point, from the stored statistics."""
+        return summaries.by_layer(self)
+
+    def __repr__(self) -> str:
+        """Say what is in the store."""
+        return describe.as_text(self)
+
+    def _repr_html_(self) -> str:
+        return describe.as_html(self)

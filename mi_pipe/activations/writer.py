@@ -1,23 +1,25 @@
 """Writes finished shards in a thread of its own, while the forward pass fills the next one.
 
-For a shard: statistics, checksums and index, one file a hook point (temporary name, fsync, rename, fsync of the
-folder), the sums in scratch space, and then the commit record, which is what makes it done. Two sets of
-buffers take turns, so memory does not depend on the number of tokens.
+For a shard: statistics, checksums and index, one file a hook point, the sums in scratch space, and then the commit
+record, which is what makes it done. A shard that another writer has committed meanwhile is compared, not written. Two
+sets of buffers take turns, so memory does not depend on the number of tokens.
 """
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from jaxtyping import Shaped
 
-from mi_pipe.activations.commits import Commit, write_commit
+from mi_pipe.activations.commits import Commit, commit_name, committed, conflict_text, write_commit
+from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout
-from mi_pipe.activations.shard_file import ShardBuffer, write_shard
+from mi_pipe.activations.shard_file import ShardBuffer, crc32c
 from mi_pipe.activations.statistics import ShardSums, shard_sums
 from mi_pipe.activations.sums_file import write_sums
 from mi_pipe.core.errors import StageError
+from mi_pipe.core.place import Place
 
 _N_BUFFER_SETS = 2
 
@@ -33,16 +35,14 @@ class ShardWriter:
 
     def __init__(
         self,
-        folder: Path,
-        group: Path,
-        scratch: Path,
+        place: Place,
+        scratch: Place,
         layout: StoreLayout,
         plan: str,
         on_commit: Callable[[int], None],
     ) -> None:
-        """Write to `group` within the artifact's `folder`; `on_commit(shard)` is called when a shard is done."""
-        self._folder = folder
-        self._group = group
+        """Write to the artifact's `place`; `on_commit(shard)` is called when a shard is done."""
+        self._place = place
         self._scratch = scratch
         self._layout = layout
         self._plan = plan
@@ -82,17 +82,27 @@ class ShardWriter:
     def _write(self, shard: int, buffers: Buffers) -> None:
         n_rows = self._layout.shard_n_rows(shard)
         sums: dict[str, ShardSums] = {}
-        files: dict[str, tuple[int, str]] = {}
         for array in self._layout.arrays:
             chunks = buffers[array.name].chunks(n_rows)
             sums[array.name] = shard_sums(chunks, array.store_dtype, array.width)
             self._refuse_nonfinite(array, shard, sums[array.name])
-        for array in self._layout.arrays:
-            key = array.key(shard)
-            files[key] = write_shard(self._group / key, buffers[array.name].encode(n_rows))
+        data = {array.key(shard): buffers[array.name].encode(n_rows) for array in self._layout.arrays}
+        files = {key: (len(content), f"{crc32c(content):08x}") for key, content in data.items()}
         write_sums(self._scratch, shard, sums)
-        write_commit(self._folder, Commit(shard, self._layout.bounds(shard), self._plan, files))
+        self._commit(Commit(shard, self._layout.bounds(shard), self._plan, files), data)
         self._on_commit(shard)
+
+    def _commit(self, commit: Commit, data: dict[str, Shaped[np.ndarray, " byte"]]) -> None:
+        """Write a shard's files and then its record, unless another writer has done so."""
+        found = committed(self._place, self._layout, self._plan, commit.shard)
+        if found is not None:
+            if found != commit:
+                raise StageError(conflict_text(self._place, commit.shard))
+            return
+        self._place.remove(commit_name(commit.shard))
+        for key, content in data.items():
+            self._place.write(f"{GROUP_NAME}/{key}", content.data)
+        write_commit(self._place, commit)
 
     def _refuse_nonfinite(self, array: ArrayLayout, shard: int, sums: ShardSums) -> None:
         if not sums.n_nonfinite:

@@ -4,13 +4,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mi_pipe.core.canonical import file_sha256
+from mi_pipe.core.atomic import write_bytes
+from mi_pipe.core.destination import place_of
 from mi_pipe.core.errors import ArtifactDamagedError
 from mi_pipe.core.manifest import InputRef, Manifest, Scalar, damage_text, digest_of, read_manifest
+from mi_pipe.core.place import LocalPlace, Place
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
+
+_BLOCK_BYTES = 1 << 22
 
 
 class Artifact:
@@ -20,6 +24,11 @@ class Artifact:
         """Open the artifact folder at `path`; raises as `read_manifest` does."""
         self.path = path
         self.manifest = manifest or read_manifest(path)
+
+    @cached_property
+    def place(self) -> Place:
+        """Where the large files lie: this folder, or the object store that the stage wrote to."""
+        return place_of(self.manifest, self.path)
 
     @property
     def id(self) -> str:
@@ -55,7 +64,13 @@ class Artifact:
         """Return the path of one file of the artifact; raises ArtifactDamagedError if it is not listed."""
         if name not in self.manifest.files:
             raise ArtifactDamagedError(damage_text(self.id, f"it has no file {name}"))
-        return self.path / name
+        path = self.path / name
+        if not path.exists() and not isinstance(self.place, LocalPlace):
+            write_bytes(path, self.place.read(name))
+            if not matches(LocalPlace(self.path), name, self.manifest.files[name].checksum):
+                path.unlink()
+                raise ArtifactDamagedError(damage_text(self.id, f"{name} at {self.place.url} differs from its checksum"))
+        return path
 
     def read_table(self, name: str, columns: list[str] | None = None) -> "pd.DataFrame":
         """Read a Parquet table of the artifact, or some of its columns."""
@@ -77,9 +92,7 @@ class Artifact:
 
     def damaged_files(self) -> list[str]:
         """Return the files whose content differs from the manifest's checksum (reads everything)."""
-        return [
-            name for name, entry in self.manifest.files.items() if not self._matches(self.path / name, entry.checksum)
-        ]
+        return [name for name, entry in self.manifest.files.items() if not matches(self.place, name, entry.checksum)]
 
     def check(self) -> None:
         """Compare every file with its checksum; raises ArtifactDamagedError naming the first that differs."""
@@ -87,15 +100,6 @@ class Artifact:
             raise ArtifactDamagedError(damage_text(self.id, "its manifest was changed"))
         for name in self.damaged_files():
             raise ArtifactDamagedError(damage_text(self.id, f"{name} differs from its checksum"))
-
-    @staticmethod
-    def _matches(path: Path, checksum: str) -> bool:
-        algorithm, _, value = checksum.partition(":")
-        if not path.is_file():
-            return False
-        if algorithm == "crc32c":
-            return file_crc32c(path) == value
-        return file_sha256(path) == value
 
     def __repr__(self) -> str:
         """Name the artifact, its size and its main figures."""
@@ -112,15 +116,24 @@ class Artifact:
         return f"<table>{rows}</table>"
 
 
-def file_crc32c(path: Path) -> str:
-    """Return the CRC-32C of a file's bytes as 8 hex digits."""
+def matches(place: Place, name: str, checksum: str) -> bool:
+    """Say whether a file exists and has the checksum (`crc32c:…` or `sha256:…`); reads all of it."""
+    import hashlib
+
     import google_crc32c
 
-    checksum = google_crc32c.Checksum()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum.update(block)
-    return checksum.hexdigest().decode()
+    algorithm, _, value = checksum.partition(":")
+    hasher = google_crc32c.Checksum() if algorithm == "crc32c" else hashlib.sha256()
+    try:
+        with place.open(name) as file:
+            block = bytearray(min(_BLOCK_BYTES, max(1, file.size)))
+            for start in range(0, file.size, len(block)):
+                n_read = file.read_into([memoryview(block)], start)
+                hasher.update(bytes(block[:n_read]))
+    except FileNotFoundError:
+        return False
+    found = hasher.hexdigest()
+    return (found if isinstance(found, str) else found.decode()) == value
 
 
 def _short(value: Scalar) -> str:

@@ -27,7 +27,7 @@ def fsync_folder(folder: Path) -> None:
 def atomic_path(path: Path) -> Generator[Path]:
     """Yield a temporary path; when the block ends without error its file is moved to `path` durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMP_SUFFIX}")
+    temp = _temporary(path)
     try:
         yield temp
         with temp.open("rb") as file:
@@ -38,16 +38,45 @@ def atomic_path(path: Path) -> Generator[Path]:
     fsync_folder(path.parent)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Write `data` to `path` atomically and durably."""
     with atomic_path(path) as temp:
         temp.write_bytes(data)
 
 
+def create_bytes(path: Path, data: bytes | bytearray | memoryview) -> bool:
+    """Write `data` to `path` unless a file is there, atomically and durably; say whether it was written.
+
+    A hard link, unlike a rename, never replaces: of several writers at once one is told that it was first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = _temporary(path)
+    try:
+        with temp.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temp, path)
+    except FileExistsError:
+        return False
+    finally:
+        temp.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable, key-sorted JSON, atomically and durably."""
-    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return `value` as readable, key-sorted JSON."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMP_SUFFIX}")
 
 
 def sweep_temporary(folder: Path) -> None:

@@ -60,6 +60,10 @@ class DiskSpaceError(MiPipeError, OSError):
     """The store's disk is too small for what the stage will write."""
 
 
+class PlaceError(MiPipeError, OSError):
+    """An object store cannot be reached or refuses."""
+
+
 class StageError(MiPipeError, RuntimeError):
     """A stage cannot continue; what it had finished stays."""
 

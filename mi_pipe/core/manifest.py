@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mi_pipe.core.atomic import write_json
+from mi_pipe.core.atomic import json_bytes, write_bytes
 from mi_pipe.core.canonical import ID_DIGITS, content_hash
 from mi_pipe.core.errors import ArtifactDamagedError, ArtifactIncompleteError
 
@@ -63,6 +63,10 @@ class Manifest(BaseModel):
     host: dict[str, Scalar]
     versions: dict[str, str]
 
+    def to_json(self) -> bytes:
+        """Return the bytes of the manifest's file."""
+        return json_bytes(self.model_dump(mode="json"))
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all files."""
@@ -82,11 +86,11 @@ def digest_of(files: dict[str, FileEntry]) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publish: write the manifest, the last file of an artifact, atomically."""
-    write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    write_bytes(folder / MANIFEST_NAME, manifest.to_json())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a manifest and check that every file it names is there with its size.
+    """Read a manifest and check that every file it names is there with its size, unless it lies in an object store.
 
     Raises ArtifactIncompleteError without a manifest, ArtifactDamagedError if anything disagrees with it.
     """
@@ -99,6 +103,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactDamagedError(damage_text(folder.name, f"{MANIFEST_NAME} cannot be read")) from error
     for name, entry in manifest.files.items():
         file = folder / name
+        if not file.is_file() and manifest.execution.get("destination"):
+            continue
         if not file.is_file():
             raise ArtifactDamagedError(damage_text(folder.name, f"{name} is missing"))
         if file.stat().st_size != entry.size_bytes:

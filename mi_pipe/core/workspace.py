@@ -5,6 +5,7 @@ apart and go at publishing. Nothing counts until `publish` has written the manif
 """
 
 import datetime
+import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mi_pipe.core import atomic
 from mi_pipe.core.canonical import file_sha256
+from mi_pipe.core.destination import destination_place, replicate, scratch_place
 from mi_pipe.core.host import host_facts, package_versions
 from mi_pipe.core.ledger import Ledger
 from mi_pipe.core.manifest import (
@@ -23,6 +25,7 @@ from mi_pipe.core.manifest import (
     digest_of,
     write_manifest,
 )
+from mi_pipe.core.place import LocalPlace, Place
 from mi_pipe.core.progress import Progress
 
 if TYPE_CHECKING:
@@ -52,7 +55,9 @@ class Workspace:
         self.is_resumed = self.ledger.n_done > 0 or any(folder.iterdir())
         launches.mark(f"{_LAUNCH} {self.n_launches}")
         self._started = time.monotonic()
-        self._checksums: dict[str, str] = {}
+        self._entries: dict[str, FileEntry] = {}
+        self._remote: Place | None = None
+        self._remote_scratch: Place | None = None
         self._volatile: set[str] = set()
 
     def path(self, name: str) -> Path:
@@ -77,9 +82,23 @@ class Workspace:
         """Write a JSON file."""
         atomic.write_json(self.path(name), value)
 
-    def checksum(self, name: str, checksum: str) -> None:
-        """Give the checksum (`crc32c:…`) of a file that was computed while writing, to save reading it again."""
-        self._checksums[name] = checksum
+    def place_at(self, destination: str | None) -> Place:
+        """Return where large files go: this folder, or the artifact's place under a URL, where all files go then."""
+        if destination is None:
+            return LocalPlace(self.folder)
+        self._remote = destination_place(destination, self.id)
+        return self._remote
+
+    def scratch_at(self, destination: str | None) -> Place:
+        """Return the scratch space that belongs to `place_at`."""
+        if destination is None:
+            return LocalPlace(self.scratch)
+        self._remote_scratch = scratch_place(destination, self.id)
+        return self._remote_scratch
+
+    def checksum(self, name: str, checksum: str, size_bytes: int) -> None:
+        """Give the checksum (`crc32c:…`) and size of a file, computed while writing, to save reading it again."""
+        self._entries[name] = FileEntry(size_bytes=size_bytes, checksum=checksum)
 
     def volatile(self, name: str) -> None:
         """Say that a file holds times or host facts and is not part of the digest."""
@@ -118,17 +137,29 @@ class Workspace:
             host=host_facts(),
             versions=package_versions(),
         )
+        if self._remote is not None:
+            replicate(self.folder, self._remote, manifest)
         for name in files:
-            (self.folder / name).chmod(_READ_ONLY)
+            if (self.folder / name).exists():
+                (self.folder / name).chmod(_READ_ONLY)
         write_manifest(self.folder, manifest)
         shutil.rmtree(self.scratch)
+        if self._remote_scratch is not None:
+            for key in list(self._remote_scratch.keys()):
+                self._remote_scratch.remove(key)
         return manifest
 
     def _file_names(self) -> list[str]:
-        found = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        return sorted(name for name in found if name != MANIFEST_NAME)
+        """Return the files of the artifact: those of its folder, and those already at its destination."""
+        places = [LocalPlace(self.folder), *([self._remote] if self._remote else [])]
+        return sorted({name for place in places for name in place.keys()} - {MANIFEST_NAME})  # noqa: SIM118
 
     def _entry(self, name: str) -> FileEntry:
+        if name in self._entries:
+            return self._entries[name]
         path = self.folder / name
-        checksum = self._checksums.get(name) or f"sha256:{file_sha256(path)}"
+        if not path.exists() and self._remote is not None:
+            data = self._remote.read(name)
+            return FileEntry(size_bytes=len(data), checksum=f"sha256:{hashlib.sha256(data).hexdigest()}")
+        checksum = f"sha256:{file_sha256(path)}"
         return FileEntry(size_bytes=path.stat().st_size, checksum=checksum, volatile=name in self._volatile)
