@@ -216,7 +216,8 @@ class _HookTraining:
 
     def _batches(self, first_step: int) -> Iterator[Tensor]:
         n_left = self._config.n_steps - first_step
-        return (batch[self._hook] for batch in self._reader.batches(first_step, n_left))
+        device = pick_device(self._config.device)
+        return (batch[self._hook] for batch in self._reader.batches(first_step, n_left, device=device))
 
     def _report(self, rows: list[dict[str, Any]]) -> None:
         total = self._config.n_steps * self._config.batch_rows

@@ -1,67 +1,41 @@
 """Training batches in random order: random blocks from anywhere fill a pool, rows leave it shuffled.
 
-1. The store is cut into blocks of whole chunks. An epoch takes the blocks in a seeded order and cuts that order into
-   pools of about `pool_rows` training rows each (held-out prompts and massive rows are not among them).
-2. A pool's rows are permuted; the epoch's stream is the pools after one another; batch s of the epoch is rows
-   [s batch_rows, (s + 1) batch_rows) of the stream. The last partial batch of an epoch is left out.
-3. Pool k + 1 is read while batches leave pool k; batches are gathered in a thread of their own.
+The order is a function of (store, seed, epoch) alone and is described in `shuffle_order`; reading can begin at any
+step at the cost of one pool. Three things go on at once: threads fill the next pool (`pool_reader`), a thread gathers
+batches from the present one (`gatherer`), and the consumer works on those that are ready. All memory is allocated once:
+two pools, and a few batches that come back when the consumer drops them (`batch_memory`).
 
-All of it is computed from (store, seed, epoch, pool), so reading can begin at any step at the cost of one pool. Rows of
-one prompt that meet in a batch: batch_rows (n - 1) / pool_rows for prompts of n tokens; only the pool's size matters.
+A batch stays what it is for as long as its consumer holds it. On the CPU it is shared with everyone else who was given
+it (`shared`), so it is not to be written to.
 """
 
-import queue
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import hashlib
+from collections import deque
+from collections.abc import Generator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor
+from jaxtyping import Bool
 
-from mi_pipe.activations.storage_dtype import StoreDType, decode, numpy_dtype
+from mi_pipe.activations.batch_memory import Batch
+from mi_pipe.activations.gatherer import BatchDType, BatchGatherer
+from mi_pipe.activations.pool_reader import PoolReader
+from mi_pipe.activations.prefetch import in_background
+from mi_pipe.activations.shuffle_order import ShuffleOrder
+from mi_pipe.activations.storage_dtype import StoreDType
+from mi_pipe.activations.tee import tee
+from mi_pipe.core.canonical import ID_DIGITS, content_hash
 from mi_pipe.core.errors import ConfigError
+from mi_pipe.core.place import LocalPlace
 
 if TYPE_CHECKING:
     from mi_pipe.activations.store import ActivationStore
 
 _N_READY_BATCHES = 4
-_N_POOL_BUFFERS = 2
-_BLOCK_STREAM, _ROW_STREAM = 1, 2
-
-Batch = dict[str, Float[Tensor, "batch width"]]
-Rows = dict[str, Shaped[np.ndarray, "row width"]]
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """The blocks of an epoch in order: pool k has `blocks[edges[k]:edges[k + 1]]`, its rows begin at `starts[k]`."""
-
-    number: int
-    blocks: Int[np.ndarray, " block"]
-    edges: Int[np.ndarray, " pool_edge"]
-    starts: Int[np.ndarray, " pool_edge"]
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """Rows `start` to `stop` of a pool's permuted training rows."""
-
-    epoch: _Epoch
-    pool: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A segment in memory: the rows of its pool, and which of them leave it, in order."""
-
-    rows: Rows
-    order: Int[np.ndarray, " row"]
+_LOCAL_THREADS, _REMOTE_THREADS = 4, 16
+"""Threads that fill pools: a disk needs a few requests at once to reach its rate, an object store many."""
 
 
 class ShuffledReader:
@@ -76,165 +50,120 @@ class ShuffledReader:
         pool_rows: int = 1 << 18,
         held_out_fraction: float = 0.05,
         split_seed: int = 0,
+        where: Bool[np.ndarray, " row"] | None = None,
+        n_threads: int | None = None,
     ) -> None:
-        """Read `hooks` in batches of `batch_rows`; raises ConfigError if an epoch has no whole batch."""
+        """Read `hooks` in batches of `batch_rows`, of the rows that `where` marks, or of all.
+
+        Held-out prompts and rows that are massive at one of the hook points are left out. `n_threads` fill the pools.
+        Raises ConfigError if an epoch has no whole batch.
+        """
         self.hooks = list(hooks)
         self.batch_rows = batch_rows
         self._dtype: StoreDType = store.dtype
-        self._seed = seed
         self._arrays = {hook: store.array(hook) for hook in self.hooks}
-        self._is_training = _training_rows(store, self.hooks, held_out_fraction, split_seed)
-        self._block_rows = max(array.layout.chunk_rows for array in self._arrays.values())
-        edges = np.arange(0, store.n_rows, self._block_rows)
-        self._block_counts = np.add.reduceat(self._is_training, edges, dtype=np.int64)
-        self.n_rows = int(self._is_training.sum())
-        self._n_pools = max(1, -(-self.n_rows // max(1, pool_rows)))
-        if not 1 <= batch_rows <= self.n_rows:
+        self._n_threads = n_threads or (
+            _LOCAL_THREADS if isinstance(store.group_place, LocalPlace) else _REMOTE_THREADS
+        )
+        is_training = _training_rows(store, self.hooks, held_out_fraction, split_seed, where)
+        block_rows = max(array.layout.chunk_rows for array in self._arrays.values())
+        if not 1 <= batch_rows <= is_training.sum():
             raise ConfigError(
-                f"{store.id} has {self.n_rows:,} training rows (held-out prompts and massive rows left out), "
+                f"{store.id} has {is_training.sum():,} training rows (held-out prompts and massive rows left out), "
                 f"too few for a batch of {batch_rows:,}. Use smaller batches or harvest more tokens."
             )
+        self._order = ShuffleOrder(is_training, block_rows, batch_rows, pool_rows, seed)
+        self._seed = seed
+        self._identity = {"store": store.digest, "hooks": self.hooks, "batch_rows": batch_rows, "pool_rows": pool_rows}
+        self._is_training = is_training
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that are trained on."""
+        return self._order.n_rows
 
     @property
     def n_steps_per_epoch(self) -> int:
         """Whole batches in one pass over the training rows."""
-        return self.n_rows // self.batch_rows
+        return self._order.n_steps_per_epoch
 
-    def batches(self, first_step: int, n_steps: int) -> Iterator[Batch]:
-        """Yield batches `first_step` to `first_step + n_steps` (exclusive), each hook's rows in float32.
+    def batches(
+        self, first_step: int, n_steps: int, dtype: BatchDType = "float32", device: torch.device | str = "cpu"
+    ) -> Generator[Batch]:
+        """Yield batches `first_step` to `first_step + n_steps` (exclusive) by hook point; epochs follow one another.
 
-        Epochs follow one another. Raises ArtifactDamagedError if a chunk differs from its checksum.
+        `dtype` is float32, or "stored" for what lies on disk, unconverted: float16, bfloat16 or float32. For a CUDA
+        `device` rows travel as they are stored, through pinned memory, and are converted there. Raises
+        ArtifactDamagedError if a chunk differs from its checksum, which is looked at when it is first read.
         """
-        return _in_background(self._gathered(first_step, first_step + n_steps))
+        device = torch.device(device)
+        is_remote = device.type != "cpu"
+        widths = {hook: array.layout.width for hook, array in self._arrays.items()}
+        gatherer = BatchGatherer(
+            widths, self._dtype, self.batch_rows, "stored" if is_remote else dtype, pinned=device.type == "cuda"
+        )
+        pools = PoolReader(self._arrays, self._order, self._n_threads).pools(
+            self._order.segments(first_step, first_step + n_steps)
+        )
+        ready = in_background(gatherer.batches(pools), _N_READY_BATCHES, "batch-gatherer")
+        return _on_device(ready, device, dtype) if is_remote else ready
 
-    def _gathered(self, first_step: int, last_step: int) -> Generator[Batch]:
-        """Yield the batches, each filled from as many segments as it takes."""
-        batch, n_filled = self._empty_batch(), 0
-        buffers = {
-            hook: np.empty((self.batch_rows, *value.shape[1:]), self._stored_dtype) for hook, value in batch.items()
-        }
-        for loaded in self._loaded(self._segments(first_step, last_step)):
-            start = 0
-            while start < len(loaded.order):
-                taken = loaded.order[start : start + self.batch_rows - n_filled]
-                into = slice(n_filled, n_filled + len(taken))
-                for hook, rows in loaded.rows.items():
-                    gathered = np.take(rows, taken, axis=0, out=buffers[hook][into], mode="clip")
-                    decode(gathered, self._dtype, batch[hook].numpy()[into])
-                start, n_filled = start + len(taken), into.stop
-                if n_filled == self.batch_rows:
-                    yield batch
-                    batch, n_filled = self._empty_batch(), 0
+    def shared(
+        self,
+        n_consumers: int,
+        first_step: int,
+        n_steps: int,
+        dtype: BatchDType = "float32",
+        device: torch.device | str = "cpu",
+    ) -> list[Generator[Batch]]:
+        """Return as many iterators over the same batches, which are read once; see `tee` for how they keep together."""
+        return tee(self.batches(first_step, n_steps, dtype, device), n_consumers)
 
-    @property
-    def _stored_dtype(self) -> np.dtype:
-        return numpy_dtype(self._dtype)
+    def state(self, step: int) -> dict[str, Any]:
+        """Return, as JSON values, where `step` is in the stream and which stream that is."""
+        epoch, within = divmod(step, self.n_steps_per_epoch)
+        return {"stream": self._stream, "seed": self._seed, "epoch": epoch, "step": within}
 
-    def _empty_batch(self) -> Batch:
-        return {hook: torch.empty(self.batch_rows, array.layout.width) for hook, array in self._arrays.items()}
+    def step_of(self, state: dict[str, Any]) -> int:
+        """Return the step to go on at; raises ConfigError if `state` is not of a reader that gives the same stream."""
+        if (state["stream"], state["seed"]) != (self._stream, self._seed):
+            raise ConfigError(
+                f"The reader's state is of another stream (its seed is {state['seed']}, here {self._seed}; store, hook "
+                "points, batch_rows, pool_rows and training rows have to be the same too). Begin at step 0."
+            )
+        return state["epoch"] * self.n_steps_per_epoch + state["step"]
 
-    def _segments(self, first_step: int, last_step: int) -> Iterator[_Segment]:
-        """Yield the parts of pools that the steps' rows lie in, in order."""
-        n_steps = self.n_steps_per_epoch
-        for number in range(first_step // n_steps, -(-last_step // n_steps)):
-            epoch = self._epoch(number)
-            first = max(first_step - number * n_steps, 0) * self.batch_rows
-            last = min(last_step - number * n_steps, n_steps) * self.batch_rows
-            for pool, (low, high) in enumerate(zip(epoch.starts[:-1], epoch.starts[1:], strict=True)):
-                start, stop = max(first, int(low)), min(last, int(high))
-                if start < stop:
-                    yield _Segment(epoch, pool, start - int(low), stop - int(low))
-
-    def _epoch(self, number: int) -> _Epoch:
-        """Order the blocks and cut the order into pools of about equal numbers of training rows."""
-        blocks = self._random(_BLOCK_STREAM, number).permutation(len(self._block_counts))
-        ends = np.cumsum(self._block_counts[blocks])
-        begins = ends - self._block_counts[blocks]
-        pool_of_block = begins * self._n_pools // self.n_rows
-        edges = np.searchsorted(pool_of_block, np.arange(self._n_pools + 1))
-        return _Epoch(number, blocks, edges, np.concatenate([begins, ends[-1:]])[edges])
-
-    def _loaded(self, segments: Iterator[_Segment]) -> Iterator[_Loaded]:
-        """Yield segments in memory, the next one being read meanwhile; two sets of buffers take turns."""
-        buffers: list[Rows] = [{} for _ in range(_N_POOL_BUFFERS)]
-        with ThreadPoolExecutor(1, thread_name_prefix="pool-reader") as executor:
-            waiting = None
-            for turn, segment in enumerate(segments):
-                following = executor.submit(self._load, segment, buffers[turn % _N_POOL_BUFFERS])
-                if waiting is not None:
-                    yield waiting.result()
-                waiting = following
-            if waiting is not None:
-                yield waiting.result()
-
-    def _load(self, segment: _Segment, buffers: Rows) -> _Loaded:
-        """Read a segment's pool, whole blocks one after the other, and permute its training rows."""
-        epoch = segment.epoch
-        blocks = epoch.blocks[epoch.edges[segment.pool] : epoch.edges[segment.pool + 1]]
-        starts = blocks * self._block_rows
-        stops = np.minimum(starts + self._block_rows, len(self._is_training))
-        places = np.concatenate([[0], np.cumsum(stops - starts)])
-        for hook, array in self._arrays.items():
-            if len(buffers.get(hook, ())) < places[-1]:
-                buffers[hook] = np.empty((int(places[-1]), array.layout.width), self._stored_dtype)
-            for start, low, high in zip(starts, places[:-1], places[1:], strict=True):
-                array.read_into(buffers[hook][low:high], int(start))
-        flags = np.concatenate([self._is_training[a:b] for a, b in zip(starts, stops, strict=True)])
-        order = self._random(_ROW_STREAM, epoch.number, segment.pool).permutation(np.flatnonzero(flags))
-        return _Loaded({hook: buffers[hook] for hook in self.hooks}, order[segment.start : segment.stop])
-
-    def _random(self, *stream: int) -> np.random.Generator:
-        """Return the generator of one stream: the same whenever and wherever it is asked for."""
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, *stream])))
+    @cached_property
+    def _stream(self) -> str:
+        rows = hashlib.sha256(np.packbits(self._is_training).data).hexdigest()
+        return content_hash({**self._identity, "rows": rows})[:ID_DIGITS]
 
 
 def _training_rows(
-    store: "ActivationStore", hooks: Sequence[str], held_out_fraction: float, split_seed: int
+    store: "ActivationStore",
+    hooks: Sequence[str],
+    held_out_fraction: float,
+    split_seed: int,
+    where: Bool[np.ndarray, " row"] | None,
 ) -> Bool[np.ndarray, " row"]:
-    """Say for each row whether it is for training: prompt not held out, and massive at none of the hook points."""
+    """Say for each row whether it is for training: wanted, prompt not held out, and massive at no hook point."""
     training, _ = store.prompt_split(held_out_fraction, split_seed)
     for hook in hooks:
         training &= ~store.massive(hook)
-    return training
+    return training if where is None else training & where
 
 
-_END = object()
-
-
-def _in_background(items: Generator[Batch]) -> Iterator[Batch]:
-    """Yield what a generator yields, made ahead of use in a thread that ends when the caller stops asking."""
-    ready: queue.Queue[object] = queue.Queue(_N_READY_BATCHES)
-    stopped = threading.Event()
-
-    def produce() -> None:
-        try:
-            for item in items:
-                _put(ready, item, stopped)
-                if stopped.is_set():
-                    return
-            _put(ready, _END, stopped)
-        except Exception as error:
-            _put(ready, error, stopped)
-        finally:
-            items.close()
-
-    thread = threading.Thread(target=produce, name="batch-gatherer", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not _END:
-            if isinstance(item, Exception):
-                raise item
-            yield item  # pyright: ignore[reportReturnType]
-    finally:
-        stopped.set()
-        thread.join()
-
-
-def _put(ready: "queue.Queue[object]", item: object, stopped: threading.Event) -> None:
-    """Put an item as soon as there is room, unless nobody waits for it any more."""
-    while not stopped.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-        return
+def _on_device(batches: Generator[Batch], device: torch.device, dtype: BatchDType) -> Generator[Batch]:
+    """Yield batches on another device; a batch's host memory is kept until the device has its copy."""
+    under_way: deque[tuple[torch.cuda.Event, Batch]] = deque()
+    for batch in batches:
+        moved = {hook: values.to(device, non_blocking=True) for hook, values in batch.items()}
+        if device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            under_way.append((event, batch))
+            if len(under_way) > _N_READY_BATCHES:
+                under_way[0][0].synchronize()
+            while under_way and under_way[0][0].query():
+                under_way.popleft()
+        yield {hook: values.float() for hook, values in moved.items()} if dtype == "float32" else moved

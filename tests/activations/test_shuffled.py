@@ -1,6 +1,7 @@
 """The training reader: every training row once an epoch, any step restartable, held-out and massive rows never."""
 
 import itertools
+import json
 import threading
 
 import numpy as np
@@ -92,10 +93,53 @@ def test_stopping_early_ends_the_threads(acts):
     assert threading.active_count() == before
 
 
-def test_float16_is_read_as_its_exact_value(tmp_path):
-    acts = harvest_toy(Store(tmp_path), [30] * 10)
-    batch = next(iter(ShuffledReader(acts, [RESIDUAL], 64, held_out_fraction=0.0).batches(0, 1)))[RESIDUAL]
-    assert torch.equal(batch, batch.half().float())
+@pytest.mark.parametrize("store_dtype", ["float16", "bfloat16", "float32"])
+def test_rows_come_as_they_are_stored_or_as_their_exact_float32_values(tmp_path, store_dtype):
+    acts = harvest_toy(Store(tmp_path), [30] * 10, store_dtype=store_dtype)
+    reader = ShuffledReader(acts, [RESIDUAL, HEADS], 64, held_out_fraction=0.0)
+    known = {row.tobytes() for row in acts.read_rows(RESIDUAL, 0, acts.n_rows)}
+    for wide, stored in zip(reader.batches(0, 9), reader.batches(0, 9, "stored"), strict=True):
+        assert stored[HEADS].dtype == getattr(torch, store_dtype)
+        assert all(torch.equal(wide[hook], stored[hook].float()) for hook in (RESIDUAL, HEADS))
+        assert {row.numpy().tobytes() for row in wide[RESIDUAL]} <= known
+
+
+def test_no_memory_is_allocated_while_batches_are_dropped(acts):
+    addresses = {batch[RESIDUAL].data_ptr() for batch in reader_of(acts).batches(0, 200)}
+    assert len(addresses) <= 8
+
+
+def test_only_rows_that_are_wanted_come(acts, row_of):
+    where = acts.pos > 5
+    reader = reader_of(acts, where=where)
+    rows = [row for batch in reader.batches(0, reader.n_steps_per_epoch) for row in rows_in(batch, row_of)]
+    assert len(rows) > 300
+    assert where[rows].all()
+
+
+def test_consumers_share_one_pass(acts, monkeypatch):
+    reader = reader_of(acts)
+    alone = [batch[RESIDUAL].clone() for batch in reader.batches(3, 40)]
+    array = acts.array(RESIDUAL)
+    read, read_into = [], array.read_into
+    monkeypatch.setattr(array, "read_into", lambda out, start: (read.append(start), read_into(out, start)))
+    for batches in zip(alone, *reader.shared(3, 3, 40), strict=True):
+        expected, *found = batches
+        assert all(torch.equal(batch[RESIDUAL], expected) for batch in found)
+    once = len(read)
+    list(reader.batches(3, 40))
+    assert len(read) == 2 * once
+
+
+def test_a_state_leads_back_to_its_step_and_to_no_other_stream(acts):
+    reader = reader_of(acts)
+    step = 2 * reader.n_steps_per_epoch + 3
+    state = json.loads(json.dumps(reader.state(step)))
+    assert (state["seed"], state["epoch"], state["step"]) == (7, 2, 3)
+    assert reader_of(acts).step_of(state) == step
+    for other in ({"seed": 8}, {"batch_rows": 49}, {"pool_rows": 299}, {"split_seed": 2}, {"where": acts.pos > 1}):
+        with pytest.raises(ConfigError, match="another stream"):
+            reader_of(acts, **other).step_of(state)
 
 
 def test_what_cannot_be_read_is_said_at_once(acts):
