@@ -49,8 +49,12 @@ def cli() -> None:
 @_store
 @click.option("--wait", is_flag=True, help="Wait for artifacts that another process is making.")
 @click.option("--no-prefect", is_flag=True, help="Run the same steps without Prefect.")
+@click.option("--workers", default=1, metavar="N", help="Share the harvest among N processes of this machine.")
+@click.option("--dask", metavar="ADDRESS", help="Share it among the workers of a Dask scheduler, tcp://host:8786.")
 @_example("mi-pipe run smollm2 features.n_top=20")
-def run(words: tuple[str, ...], store: str | None, wait: bool, no_prefect: bool) -> None:
+def run(
+    words: tuple[str, ...], store: str | None, wait: bool, no_prefect: bool, workers: int, dask: str | None
+) -> None:
     """Make everything a recipe asks for that the store does not hold yet.
 
     RECIPE is a YAML file or the name of one that ships (tiny, smollm2, gpt2, pythia-70m); default: tiny.
@@ -59,7 +63,7 @@ def run(words: tuple[str, ...], store: str | None, wait: bool, no_prefect: bool)
     from flows.commands import run_command
 
     recipe, overrides = _split(words)
-    sys.exit(run_command(recipe, overrides, store, wait, no_prefect))
+    sys.exit(run_command(recipe, overrides, store, wait, no_prefect, workers, dask))
 
 
 @cli.command()

@@ -1,5 +1,6 @@
 """What the commands of flows.cli do; imported when a command runs."""
 
+import contextlib
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 from flows.quiet import quiet
@@ -19,6 +21,7 @@ from rich.table import Table  # noqa: E402
 
 from flows.diagram import Step  # noqa: E402
 from flows.planning import as_row  # noqa: E402
+from flows.pools import DaskPool, cluster  # noqa: E402
 from flows.preflight import prepare  # noqa: E402
 from flows.recipe import load_recipe  # noqa: E402
 from flows.runner import StepReport, run_diagram, run_step  # noqa: E402
@@ -38,34 +41,48 @@ class _Interrupted(BaseException):
     """SIGINT or SIGTERM; not an Exception, so that nothing on the way takes it for a failure."""
 
 
-def run_command(recipe: str, overrides: list[str], store: str | None, wait: bool, no_prefect: bool) -> int:
+def run_command(
+    recipe: str,
+    overrides: list[str],
+    store: str | None,
+    wait: bool,
+    no_prefect: bool,
+    workers: int = 1,
+    dask: str | None = None,
+) -> int:
     """Run a recipe; returns the exit code."""
     ready = prepare(recipe, overrides, store)
     where = ready.store
     _log_to(where)
-    again = shlex.join(["mi-pipe", "run", recipe, *overrides, *(["--store", store] if store else [])])
+    given = {"--store": store, "--workers": str(workers) if workers > 1 else None, "--dask": dask}
+    options = [word for name, value in given.items() if value for word in (name, value)]
+    again = shlex.join(["mi-pipe", "run", recipe, *overrides, *options])
     _catch_signals()
     try:
         if no_prefect:
-            reports = _run_directly(ready.steps, where, wait)
+            reports = _run_directly(ready.steps, where, wait, workers, dask)
         else:
             from flows.pipeline import run_in_flow
 
-            reports = run_in_flow(recipe, overrides, store, wait)
+            reports = run_in_flow(recipe, overrides, store, wait, workers, dask)
     except (_Interrupted, KeyboardInterrupt):
         _out.print(f"\nInterrupted. Finished steps and units are safe in {where.root}; this continues:\n  {again}")
         return INTERRUPTED
     return _summarise(reports, again)
 
 
-def _run_directly(steps: list[Step], store: Store, wait: bool) -> list[StepReport]:
-    with Screen() as screen:
+def _run_directly(steps: list[Step], store: Store, wait: bool, workers: int, dask: str | None) -> list[StepReport]:
+    with cluster(workers, dask) as address, Screen() as screen, _pool(address) as pool:
 
         def run_one(step: Step) -> StepReport:
             screen.begin(step.label)
-            return run_step(step, store, Progress(screen.tick), wait)
+            return run_step(step, store, Progress(screen.tick), wait, pool)
 
         return run_diagram(steps, run_one, screen.report)
+
+
+def _pool(address: str | None) -> AbstractContextManager[DaskPool | None]:
+    return contextlib.closing(DaskPool(address)) if address else contextlib.nullcontext()
 
 
 def plan_command(recipe: str, overrides: list[str], store: str | None, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from flows.diagram import Step
 from mi_pipe.core.errors import MiPipeError
+from mi_pipe.core.pool import Pool
 from mi_pipe.core.progress import Progress
 from mi_pipe.core.stage import Result, execute
 from mi_pipe.core.store import Store
@@ -36,11 +37,11 @@ class StepReport:
 RunStep = Callable[[Step], StepReport]
 
 
-def run_step(step: Step, store: Store, progress: Progress, wait: bool = False) -> StepReport:
+def run_step(step: Step, store: Store, progress: Progress, wait: bool = False, pool: Pool | None = None) -> StepReport:
     """Make one step's artifact unless it exists; errors become a report, interruptions do not."""
     try:
         inputs = step.stage.inputs(**{role: _open(source, store) for role, source in step.inputs.items()})
-        result = execute(step.stage, step.config, inputs, store, progress, step.label, wait)
+        result = execute(step.stage, step.config, inputs, store, progress, step.label, wait, pool)
     except MiPipeError as error:
         _log.error("%s failed: %s", step.label, error)
         return StepReport(step, "Failed", message=str(error))

@@ -4,6 +4,7 @@ Prefect's own caching and persistence are off: mi_pipe's manifests decide what i
 only that a result file exists), and results stay in the store, never in Prefect.
 """
 
+import contextlib
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 
 from flows.diagram import Step
+from flows.pools import PrefectPool
 from flows.runner import StepReport, run_step
 from flows.terminal import Screen
 from mi_pipe.core.progress import Progress, Tick
@@ -23,12 +25,14 @@ from mi_pipe.core.store import Store
 _PROGRESS_EVERY_S = 5.0
 
 
-def run_as_task(step: Step, store: Store, screen: Screen, wait: bool) -> StepReport:
-    """Run a step as a Prefect task and return how it ended."""
+def run_as_task(step: Step, store: Store, screen: Screen, wait: bool, address: str | None = None) -> StepReport:
+    """Run a step as a Prefect task and return how it ended; `address` is that of the flow's Dask scheduler, if any."""
     reports: list[StepReport] = []
 
     def body(step: Any) -> State[None]:
-        report = run_step(step, store, Progress(_Both(screen, step.label)), wait)
+        pool = PrefectPool(address, step.label) if address else None
+        with contextlib.closing(pool) if pool else contextlib.nullcontext():
+            report = run_step(step, store, Progress(_Both(screen, step.label)), wait, pool)
         reports.append(report)
         _publish_figures(report)
         if report.result is None:

@@ -16,7 +16,7 @@ from pydantic import Field
 from mi_pipe.activations.filling import HarvestJob
 from mi_pipe.activations.forward import ForwardPass
 from mi_pipe.activations.group import GROUP_NAME
-from mi_pipe.activations.hook_selection import array_layouts, check_shard_rows, select_hooks
+from mi_pipe.activations.hook_selection import array_layouts, at_lengths, check_shard_rows, select_hooks
 from mi_pipe.activations.layout import StoreLayout, shard_rows_for
 from mi_pipe.activations.plan import HarvestPlan, Tokens, kept_tokens
 from mi_pipe.activations.precision import Precision, PrecisionChoice, pick_precision, round_weights
@@ -30,7 +30,8 @@ from mi_pipe.core.atomic import write_bytes
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import PromptError
 from mi_pipe.core.manifest import Scalar
-from mi_pipe.core.place import Place
+from mi_pipe.core.place import Place, open_place
+from mi_pipe.core.pool import contiguous_shares
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.models.device import pick_device
@@ -41,6 +42,8 @@ from mi_pipe.prompts.prompt_set import PromptSet
 _SAMPLE_PROMPTS = 8
 _TABLE_BYTES_A_ROW = 24
 _OVERFLOWED = "overflowed"
+_RUNS_A_WORKER = 4
+"""Units of work a worker, so that a slow or lost one holds up little."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,11 @@ def _harvest(config: HarvestConfig, inputs: Inputs, work: Workspace, store_dtype
     if todo or not work.path(PRECISION_FILE).exists():
         model = load_source(inputs.model, config.device, "float32")
         _measure_precision(config, job.plan, model, work, store_dtype)
-        forward = ForwardPass(model, job.hooks, _precision(config), store_dtype)
-        _fill(job, forward, work, todo)
+        if work.pool is None or work.pool.n_workers < 2:  # noqa: PLR2004
+            _fill(job, ForwardPass(model, job.hooks, _precision(config), store_dtype), work, todo)
+        else:
+            del model
+            _fill_in_pool(Share(config, inputs, job.place.url, job.scratch.url, store_dtype), job, work, todo)
     return _finish(job, config, inputs, work)
 
 
@@ -132,6 +138,7 @@ def make_plan(config: HarvestConfig, inputs: Inputs, store_dtype: StoreDType) ->
     kept = kept_tokens(ids, offsets, source_vocabulary(inputs.model).bos_id, config.keep_bos)
     tokens = Tokens(ids, offsets, kept)
     _check_tokens(tokens, info.n_ctx, info.d_vocab, prompts.id)
+    sites = at_lengths(sites, tokens.lengths)
     widest = max(site.width for site in sites) * numpy_dtype(store_dtype).itemsize
     shard_rows = config.shard_rows or shard_rows_for(tokens.n_rows, widest)
     layout = StoreLayout(tokens.n_rows, shard_rows, array_layouts(sites, info, store_dtype, shard_rows))
@@ -202,6 +209,49 @@ def _fill(job: HarvestJob, forward: ForwardPass, work: Workspace, todo: list[int
         work.progress.update(n_done, n_rows, "rows")
 
     job.fill(forward, todo, on_commit, on_rows)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker has to know to fill shards of a harvest."""
+
+    config: HarvestConfig
+    inputs: Inputs
+    place: str
+    scratch: str
+    store_dtype: StoreDType
+
+
+def fill_share(share: Share, shards: list[int]) -> list[int]:
+    """Fill some shards in a worker process and return their numbers; plan and model are kept for the next ones."""
+    if share.place not in _KEPT:
+        job = make_job(
+            share.config, share.inputs, open_place(share.place), open_place(share.scratch), share.store_dtype
+        )
+        precision = _precision(share.config)
+        model = load_source(share.inputs.model, share.config.device, "float32")
+        round_weights(model.module, precision)
+        _KEPT.clear()
+        _KEPT[share.place] = job, ForwardPass(model, job.hooks, precision, share.store_dtype)
+    job, forward = _KEPT[share.place]
+    job.fill(forward, shards)
+    return shards
+
+
+_KEPT: dict[str, tuple[HarvestJob, ForwardPass]] = {}
+
+
+def _fill_in_pool(share: Share, job: HarvestJob, work: Workspace, todo: list[int]) -> None:
+    """Let the pool's workers fill the shards, in runs of neighbours since batches straddle their edges."""
+    assert work.pool is not None, "called for a pool"
+    layout = job.plan.layout
+    n_rows = layout.n_rows - sum(layout.shard_n_rows(shard) for shard in todo)
+    runs = contiguous_shares(todo, _RUNS_A_WORKER * work.pool.n_workers)
+    for shards in work.pool.run(partial(fill_share, share), runs):
+        for shard in shards:
+            work.ledger.mark(_unit(shard))
+            n_rows += layout.shard_n_rows(shard)
+        work.progress.update(n_rows, layout.n_rows, "rows")
 
 
 def _finish(job: HarvestJob, config: HarvestConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:

@@ -30,6 +30,10 @@ class Artifact:
         """Where the large files lie: this folder, or the object store that the stage wrote to."""
         return place_of(self.manifest, self.path)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to other processes as the path alone."""
+        return type(self), (self.path,)
+
     @property
     def id(self) -> str:
         """`<stage>-<hex>`."""
@@ -69,7 +73,7 @@ class Artifact:
             write_bytes(path, self.place.read(name))
             if not matches(LocalPlace(self.path), name, self.manifest.files[name].checksum):
                 path.unlink()
-                raise ArtifactDamagedError(damage_text(self.id, f"{name} at {self.place.url} differs from its checksum"))
+                raise ArtifactDamagedError(damage_text(self.id, f"{name} of {self.place.url} is not what it was"))
         return path
 
     def read_table(self, name: str, columns: list[str] | None = None) -> "pd.DataFrame":

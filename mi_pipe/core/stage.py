@@ -17,6 +17,7 @@ from mi_pipe.core.config import Config
 from mi_pipe.core.errors import DiskSpaceError
 from mi_pipe.core.lock import exclusive_lock
 from mi_pipe.core.manifest import MANIFEST_NAME, InputRef, Scalar, artifact_id
+from mi_pipe.core.pool import Pool
 from mi_pipe.core.progress import Progress
 from mi_pipe.core.store import Store
 from mi_pipe.core.workspace import Workspace
@@ -107,8 +108,9 @@ def execute(
     progress: Progress | None = None,
     label: str = "",
     wait: bool = False,
+    pool: Pool | None = None,
 ) -> Result:
-    """Return the stage's artifact, made now unless it exists.
+    """Return the stage's artifact, made now unless it exists; workers of `pool` share the work where it can be.
 
     Raises ArtifactLockedError if another process is making it (or waits, if `wait`), ArtifactDamagedError
     if it exists and is not whole, DiskSpaceError if the estimate does not fit, and what the stage raises.
@@ -123,7 +125,7 @@ def execute(
             return Result(found, "Cached", time.monotonic() - started)
         _drop_stale(store, name)
         check_disk(store.root, stage.estimate(config, inputs), name)
-        work = Workspace(name, store.folder(name), store.scratch(name), progress)
+        work = Workspace(name, store.folder(name), store.scratch(name), progress, pool)
         try:
             summary = stage.run(config, inputs, work)
         except BaseException:

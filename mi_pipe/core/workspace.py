@@ -26,6 +26,7 @@ from mi_pipe.core.manifest import (
     write_manifest,
 )
 from mi_pipe.core.place import LocalPlace, Place
+from mi_pipe.core.pool import Pool
 from mi_pipe.core.progress import Progress
 
 if TYPE_CHECKING:
@@ -39,8 +40,16 @@ _READ_ONLY = 0o444
 class Workspace:
     """What a stage gets to write one artifact; made by the runner, under the artifact's lock."""
 
-    def __init__(self, artifact_id: str, folder: Path, scratch: Path, progress: Progress | None = None) -> None:
-        """Open or reopen the workspace of an artifact; `folder` is its final place."""
+    def __init__(
+        self,
+        artifact_id: str,
+        folder: Path,
+        scratch: Path,
+        progress: Progress | None = None,
+        pool: Pool | None = None,
+    ) -> None:
+        """Open or reopen the workspace of an artifact; `folder` is its final place, `pool` who may share the work."""
+        self.pool = pool
         self.id = artifact_id
         self.folder = folder
         self.scratch = scratch
