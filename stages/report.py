@@ -17,7 +17,7 @@ from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.report.claims import Claim, Verdict, judge
-from mi_pipe.report.overview import Recipe
+from mi_pipe.report.overview import Recipe, covers
 from mi_pipe.report.page import PagePlan
 from mi_pipe.report.site import page_plans
 from mi_pipe.report.writer import SiteHeader, SiteWriter
@@ -88,7 +88,7 @@ def run(config: ReportConfig, inputs: Inputs, work: Workspace) -> dict[str, Scal
     figures: dict[str, list[dict[str, str]]] = {}
     for n_done, plan in enumerate([*plans[1:], plans[0]]):
         work.progress.update(n_done, len(plans), "pages", plan.title)
-        figures[plan.slug] = _written(writer, plan, work, figures)
+        figures[plan.slug] = _written(writer, plan, work, covers(inputs.artifacts, figures))
     work.progress.update(len(plans), len(plans), "pages")
     n_held = sum(verdict.holds for verdict in verdicts)
     work.volatile("report.json")
@@ -107,13 +107,12 @@ def _plans(config: ReportConfig, inputs: Inputs, verdicts: list[Verdict]) -> lis
 
 
 def _written(
-    writer: SiteWriter, plan: PagePlan, work: Workspace, figures: dict[str, list[dict[str, str]]]
+    writer: SiteWriter, plan: PagePlan, work: Workspace, shown: dict[str, dict[str, str]]
 ) -> list[dict[str, str]]:
     """Write a page unless it is written; returns its figures. A volatile page is always made anew."""
     if plan.slug in work.ledger and not plan.volatile:
         return work.ledger.info(plan.slug)["figures"]
-    extra = {"covers": {slug: found[0] for slug, found in figures.items() if found}} if plan.volatile else None
-    found = writer.write(plan, extra)
+    found = writer.write(plan, {"covers": shown} if plan.volatile else None)
     work.ledger.mark(plan.slug, figures=found)
     return found
 
@@ -137,4 +136,4 @@ def _n_saes(artifact: Artifact) -> int:
     return len(set(artifact.read_table("features.parquet", ["sae"])["sae"]))
 
 
-STAGE = Stage(name="report", version=1, config=ReportConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="report", version=2, config=ReportConfig, inputs=Inputs, run=run, estimate=estimate)

@@ -55,6 +55,17 @@ def page(artifacts: Sequence[Artifact], verdicts: Sequence[Verdict], recipe: Rec
     )
 
 
+def covers(artifacts: Sequence[Artifact], figures: dict[str, list[dict[str, str]]]) -> dict[str, dict[str, str]]:
+    """Return the figure that stands for each artifact: its own first one, else the first of its stage's page."""
+    found: dict[str, dict[str, str]] = {}
+    for artifact in artifacts:
+        drawn = figures.get(STAGE_PAGES.get(artifact.manifest.stage, ""), [])
+        own = [figure for figure in drawn if figure["name"].endswith(artifact.id)]
+        if drawn:
+            found[artifact.id] = (own or drawn)[0]
+    return found
+
+
 def in_pipeline_order(artifacts: Sequence[Artifact]) -> list[Artifact]:
     """Return artifacts in the order of the stages; those of one stage keep theirs, unknown stages come last."""
     order = list(STAGE_PAGES)

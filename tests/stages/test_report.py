@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,18 @@ def test_pages_name_only_files_of_the_report_and_nothing_outside(report):
         ]
         assert named
         assert all(target.partition("#")[0] in report.manifest.files for target in named)
+
+
+def test_each_artifact_of_the_overview_shows_its_own_figure(report):
+    cards = report.file("index.html").read_text(encoding="utf-8").split('<li class="card">')[1:]
+    shown = 0
+    for card in cards:
+        artifact = re.search(r'class="id">([^<]+)<', card)[1]
+        for cover in re.findall(r'class="cover" src="([^"]+)"', card):
+            named = re.search(r"[a-z_]+-[0-9a-f]{16}(?=\.svg)", cover)
+            assert named is None or named[0].endswith(artifact), (artifact, cover)
+            shown += 1
+    assert shown > 3
 
 
 def test_data_scripts_hold_no_markup(report):
