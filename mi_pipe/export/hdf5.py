@@ -62,7 +62,7 @@ def export_hdf5(
 
 
 def _attributes(store: "ActivationStore", hooks: list[str]) -> dict[str, Any]:
-    attributes = dict(store.group.attrs)
+    attributes: dict[str, Any] = dict(store.group.attrs)
     inputs = {role: ref.model_dump() for role, ref in store.inputs.items()}
     return {
         "schema": SCHEMA,
@@ -78,7 +78,7 @@ def _attributes(store: "ActivationStore", hooks: list[str]) -> dict[str, Any]:
         "n_tokens": store.n_rows,
         "n_prompts": store.n_prompts,
         "shard_rows": store.shard_rows,
-        "massive_factor": float(store.config.get("massive_factor", 0)),
+        "massive_factor": float(attributes.get("massive_factor") or store.config["massive_factor"]),
         "precision": json.dumps(store.precision, sort_keys=True),
     }
 
