@@ -133,6 +133,55 @@ def report(words: tuple[str, ...], store: str | None) -> None:
     sys.exit(report_command(*_split(words), store))
 
 
+@cli.command()
+@click.argument("artifact_id", metavar="ID")
+@click.option("--to", type=click.Choice(["hdf5", "saelens"]), required=True, help="The format.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New file (hdf5) or folder (saelens).")
+@click.option("--hook", "hooks", multiple=True, metavar="NAME", help="Only this hook point; several times for several.")
+@_store
+@_example("mi-pipe export harvest-3f --to hdf5 --out activations.h5")
+def export(artifact_id: str, to: str, out: Path, hooks: tuple[str, ...], store: str | None) -> None:
+    """Write stored activations for other programs.
+
+    hdf5: one checksummed file with values, token and prompt tables, statistics and provenance, which `mi-pipe import`
+    brings back bit for bit. saelens: a folder that SAELens trains on (cached_activations_path), for prompts of one
+    length.
+    """
+    from flows.exchange import export_command
+
+    export_command(artifact_id, to, out, hooks, store)
+
+
+@cli.command("import")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
+@click.option("--tokens", type=click.Path(path_type=Path), metavar="TABLE", help="Which token each row is (see above).")
+@click.option(
+    "--hook", "hooks", multiple=True, metavar="NAME[=ARRAY]", help="Hook point, and its array's name in the files."
+)
+@click.option("--store-dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Default: as in the files.")
+@click.option("--model", default="", metavar="NAME", help="A note of what model the values are of.")
+@_store
+@_example("mi-pipe import layer3.npy --tokens tokens.parquet --hook blocks.3.hook_resid_post")
+def import_(
+    files: tuple[Path, ...],
+    tokens: Path | None,
+    hooks: tuple[str, ...],
+    store_dtype: str | None,
+    model: str,
+    store: str | None,
+) -> None:
+    """Make an activation store of arrays that another program dumped, and print its id.
+
+    FILE is .npy, .safetensors, .h5 or .hdf5, with arrays (row, ...) or (prompt, pos, ...); several files are parts of
+    one array, or with .npy and several --hook one file each. TABLE is .parquet or .csv with columns prompt_idx, pos,
+    token_id and, if known, text, a line a row; an HDF5 file may have it as group `tokens`. A file that `mi-pipe export
+    --to hdf5` wrote needs no options.
+    """
+    from flows.exchange import import_command
+
+    import_command(files, hooks, tokens, store, {"store_dtype": store_dtype, "model": model})
+
+
 @cli.group()
 def models() -> None:
     r"""Models that need no hub.

@@ -1,0 +1,96 @@
+"""Export and import as users meet them: ids that the next command takes, exit codes, one sentence for each mistake."""
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+import mi_pipe
+from tests.activations.harvests import HEADS, RESIDUAL, harvest_toy
+from tests.flows.test_cli import command, only_line  # noqa: F401 (a fixture)
+from tests.stages.toys import toy_model
+
+HOOK = "blocks.3.hook_resid_post"
+
+
+@pytest.fixture
+def acts(store):
+    return harvest_toy(store, [20] * 8, store_dtype="float32", precision="float32")
+
+
+@pytest.fixture
+def dump(tmp_path):
+    """A `.npy` file and its token table; returns (file, table, values)."""
+    values = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    np.save(tmp_path / "acts.npy", values)
+    table = pd.DataFrame({"prompt_idx": np.repeat([0, 1], 6), "pos": np.tile(np.arange(6), 2), "token_id": range(12)})
+    table.to_csv(tmp_path / "tokens.csv", index=False)
+    return str(tmp_path / "acts.npy"), str(tmp_path / "tokens.csv"), values
+
+
+def test_a_store_goes_out_as_hdf5_and_comes_back(command, acts, tmp_path):  # noqa: F811
+    out = tmp_path / "acts.h5"
+    code, said, err = command("export", acts.id[:12], "--to", "hdf5", "--out", str(out), "--hook", HEADS)
+    assert code == 0, err
+    assert str(out) in only_line(said)
+    with h5py.File(out) as file:
+        assert list(file["activations"]) == [HEADS]
+    code, said, err = command("import", str(out))
+    assert code == 0, err
+    name = said.splitlines()[-1]
+    assert "Completed" in said
+    again = mi_pipe.open(name)
+    np.testing.assert_array_equal(again.read_rows(HEADS, 0, 160), acts.read_rows(HEADS, 0, 160))
+    assert "Cached" in command("import", str(out))[1]
+    assert "0 damaged" in command("verify", name)[1]
+    assert name in command("status")[1]
+    assert "contents" in command("show", name)[1]
+
+
+def test_a_store_goes_out_for_saelens(command, acts, tmp_path):  # noqa: F811
+    from datasets import load_from_disk
+
+    out = tmp_path / "cache"
+    assert command("export", acts.id, "--to", "saelens", "--out", str(out))[0] == 0
+    assert load_from_disk(str(out)).column_names == [RESIDUAL, HEADS, "token_ids"]
+
+
+def test_a_dump_comes_in(command, dump):  # noqa: F811
+    file, table, values = dump
+    code, said, err = command("import", file, "--tokens", table, "--hook", HOOK, "--model", "mine")
+    assert code == 0, err
+    assert "12 rows of 2 prompts, float32" in said
+    acts = mi_pipe.open(said.splitlines()[-1])
+    np.testing.assert_array_equal(acts.read_rows(HOOK, 0, 12), values)
+    assert acts.group.attrs["model"] == "mine"
+    code, said, _ = command("import", file, "--tokens", table, "--hook", HOOK, "--store-dtype", "bfloat16")
+    assert code == 0
+    assert mi_pipe.open(said.splitlines()[-1]).dtype == "bfloat16"
+
+
+def test_mistakes_are_one_sentence(command, acts, store, dump, tmp_path):  # noqa: F811
+    file, table, _ = dump
+    model = toy_model(store)
+    ragged = harvest_toy(store, [20, 7])
+    (tmp_path / "there.h5").touch()
+    words = ["--to", "hdf5", "--out", str(tmp_path / "new.h5")]
+    cases = [
+        (["export", "harvest-nothing", *words], "No artifact"),
+        (["export", model.id, *words], "holds no activations"),
+        (["export", acts.id, *words, "--hook", "blocks.0.hook_resid_pots"], "Did you mean"),
+        (["export", acts.id, "--to", "hdf5", "--out", str(tmp_path / "there.h5")], "exists already"),
+        (["export", ragged.id, "--to", "saelens", "--out", str(tmp_path / "new")], "prompts of one length"),
+        (["import", file, "--hook", HOOK], "--tokens"),
+        (["import", file, "--tokens", table], "--hook"),
+        (["import", file, "--tokens", table, "--hook", HOOK, "--hook", HOOK], "two --hook"),
+        (["import", str(tmp_path / "gone.npy"), "--tokens", table, "--hook", HOOK], "no file"),
+        (["import", file, "--tokens", str(tmp_path / "gone.csv"), "--hook", HOOK], "gone.csv"),
+    ]
+    for line, message in cases:
+        code, _, err = command(*line)
+        assert code == 2, line
+        assert message in only_line(err), line
+    assert not (tmp_path / "new.h5").exists()
+    assert not (tmp_path / "new").exists()
+    for line in (["export", acts.id], ["export", acts.id, "--to", "csv", "--out", "x"], ["import"]):
+        assert command(*line)[0] == 2
