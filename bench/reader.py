@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,6 @@ class Subject:
 
     def __init__(self, store: ActivationStore) -> None:
         self.store = store
-        self._streams: dict[BatchDType, Iterator[Any]] = {}
         width = store.width(HOOK)
         self._filled, self._leaving = np.ones((2, min(_POOL_ROWS, store.n_rows), width), np.float16)
         self._batch = np.ones((_BATCH_ROWS, width), np.float16)
@@ -58,12 +58,12 @@ class Subject:
         return ShuffledReader(ActivationStore(self.store.path), [HOOK], _BATCH_ROWS, pool_rows=_POOL_ROWS)
 
     def warm(self, dtype: BatchDType) -> Pass:
-        """Read an epoch from a stream that goes on from round to round."""
-        n_steps = self.reader().n_steps_per_epoch
-        if dtype not in self._streams:
-            self._streams[dtype] = self.reader().batches(0, 1_000_000, dtype)
-            _advance(self._streams[dtype], n_steps)
-        return _advance(self._streams[dtype], n_steps)
+        """Read two epochs in the middle of a longer stream: what was read ahead before is read ahead at the end too."""
+        reader = self.reader()
+        n_steps = reader.n_steps_per_epoch
+        with closing(reader.batches(0, 4 * n_steps, dtype)) as stream:
+            _advance(stream, n_steps)
+            return _advance(stream, 2 * n_steps)
 
     def first_epoch(self) -> Pass:
         """Read an epoch with a new reader."""

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int, Shaped
 
+from mi_pipe.activations.batches import Batching
 from mi_pipe.activations.filling import HarvestJob
 from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout, chunk_rows_for, shard_rows_for
@@ -91,7 +92,7 @@ def _plan(config: SyntheticConfig) -> HarvestPlan:
     array = ArrayLayout(
         HOOK, (config.width,), "d_model", config.store_dtype, chunk_rows_for(row_bytes, shard_rows), shard_rows
     )
-    return HarvestPlan(tokens, StoreLayout(n_rows, shard_rows, (array,)), 4096, {})
+    return HarvestPlan(tokens, StoreLayout(n_rows, shard_rows, (array,)), Batching(4096), {})
 
 
 def _estimate(config: SyntheticConfig, _: NoInputs) -> Estimate:

@@ -1,11 +1,13 @@
 """What readers need of one hook point's stored rows, whoever wrote them."""
 
+import itertools
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from mi_pipe.activations.layout import ArrayLayout
+from mi_pipe.activations.storage_dtype import numpy_dtype
 
 
 class RowArray(Protocol):
@@ -28,3 +30,17 @@ class RowArray(Protocol):
     def take(self, rows: Int[np.ndarray, " row"]) -> Shaped[np.ndarray, "row width"]:
         """Return rows in any order, repeats allowed; raises IndexError outside."""
         ...
+
+
+def take_rows(array: RowArray, rows: Int[np.ndarray, " row"]) -> Shaped[np.ndarray, "row width"]:
+    """Return rows of an array in any order, repeats allowed; of each chunk, what lies between the wanted rows."""
+    rows = np.asarray(rows, np.int64)
+    out = np.empty((len(rows), array.layout.width), numpy_dtype(array.layout.store_dtype))
+    order = np.argsort(rows, kind="stable")
+    _, starts = np.unique(rows[order] // array.layout.chunk_rows, return_index=True)
+    edges = [*starts.tolist(), len(rows)]
+    for first, last in itertools.pairwise(edges):
+        places = order[first:last]
+        low, high = int(rows[places[0]]), int(rows[places[-1]]) + 1
+        out[places] = array.read(low, high)[rows[places] - low]
+    return out

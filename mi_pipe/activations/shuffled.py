@@ -11,7 +11,7 @@ it (`shared`), so it is not to be written to.
 
 import hashlib
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from mi_pipe.activations.batch_memory import Batch
 from mi_pipe.activations.gatherer import BatchDType, BatchGatherer
 from mi_pipe.activations.pool_reader import PoolReader
 from mi_pipe.activations.prefetch import in_background
+from mi_pipe.activations.row_array import RowArray
 from mi_pipe.activations.shuffle_order import ShuffleOrder
 from mi_pipe.activations.storage_dtype import StoreDType
 from mi_pipe.activations.tee import tee
@@ -50,18 +51,18 @@ class ShuffledReader:
         pool_rows: int = 1 << 18,
         held_out_fraction: float = 0.05,
         split_seed: int = 0,
-        where: Bool[np.ndarray, " row"] | None = None,
+        where: str | Bool[np.ndarray, " row"] | None = None,
         n_threads: int | None = None,
     ) -> None:
-        """Read `hooks` in batches of `batch_rows`, of the rows that `where` marks, or of all.
+        """Read `hooks` in batches of `batch_rows`, of all rows or those that `where` (condition or mask) picks.
 
         Held-out prompts and rows that are massive at one of the hook points are left out. `n_threads` fill the pools.
         Raises ConfigError if an epoch has no whole batch.
         """
         self.hooks = list(hooks)
         self.batch_rows = batch_rows
-        self._dtype: StoreDType = store.dtype
         self._arrays = {hook: store.array(hook) for hook in self.hooks}
+        self._dtype = _common_dtype(self._arrays)
         self._n_threads = n_threads or (
             _LOCAL_THREADS if isinstance(store.group_place, LocalPlace) else _REMOTE_THREADS
         )
@@ -139,17 +140,28 @@ class ShuffledReader:
         return content_hash({**self._identity, "rows": rows})[:ID_DIGITS]
 
 
+def _common_dtype(arrays: Mapping[str, RowArray]) -> StoreDType:
+    dtypes = {array.layout.store_dtype for array in arrays.values()}
+    if len(dtypes) != 1:
+        raise ConfigError(f"{', '.join(arrays)} are stored as {', '.join(sorted(dtypes))}; read each on its own.")
+    return dtypes.pop()
+
+
 def _training_rows(
     store: "ActivationStore",
     hooks: Sequence[str],
     held_out_fraction: float,
     split_seed: int,
-    where: Bool[np.ndarray, " row"] | None,
+    where: str | Bool[np.ndarray, " row"] | None,
 ) -> Bool[np.ndarray, " row"]:
     """Say for each row whether it is for training: wanted, prompt not held out, and massive at no hook point."""
     training, _ = store.prompt_split(held_out_fraction, split_seed)
     for hook in hooks:
         training &= ~store.massive(hook)
+    if isinstance(where, str):
+        wanted = np.zeros(store.n_rows, bool)
+        wanted[store.rows(where)] = True
+        return training & wanted
     return training if where is None else training & where
 
 

@@ -1,10 +1,10 @@
 """The read side of `harvest`: stored activations as arrays, rows and frames.
 
-Rows are kept tokens in prompt order. Everything is read on demand; `read_rows` and `take` go straight to the shard
-files and compare checksums on first touch.
+Rows are kept tokens in prompt order. Everything is read on demand; `read_rows`, `take` and `blocks` go straight to the
+shard files and compare checksums on first touch, or through zarr-python where others wrote the arrays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,16 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from mi_pipe.activations import describe, frames, summaries
+from mi_pipe.activations.blocks import Block, read_blocks
 from mi_pipe.activations.group import GROUP_NAME, zarr_store
-from mi_pipe.activations.raw_array import RawArray
+from mi_pipe.activations.row_array import RowArray
 from mi_pipe.activations.row_table import MASSIVE_PREFIX, TOKENS_FILE
 from mi_pipe.activations.statistics import HookStatistics
 from mi_pipe.activations.storage_dtype import StoreDType, decode
+from mi_pipe.activations.stored_chunks import StoredChunks
 from mi_pipe.activations.token_table import TokenTable
 from mi_pipe.activations.where import Condition
+from mi_pipe.activations.zarr_array import open_row_array
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.errors import ConfigError, HookPointError, near_names
 from mi_pipe.core.place import Place
@@ -98,50 +101,63 @@ class ActivationStore(Artifact):
         """Return the rows of a chunk."""
         return self.array(hook).layout.chunk_rows
 
-    def array(self, hook: str) -> RawArray:
-        """Return the direct reader of one hook point; raises HookPointError with near names."""
+    def array(self, hook: str) -> RowArray:
+        """Return the reader of one hook point's stored rows; raises HookPointError with near names."""
         if hook not in self._arrays:
             if hook not in self.hooks:
                 raise HookPointError(
                     f"{self.id} holds no {hook!r}.{near_names(hook, self.hooks)} It holds {', '.join(self.hooks)}."
                 )
-            self._arrays[hook] = RawArray(self.group_place, hook)
+            self._arrays[hook] = open_row_array(self.group_place, hook)
         return self._arrays[hook]
 
     @cached_property
-    def _arrays(self) -> dict[str, RawArray]:
+    def _arrays(self) -> dict[str, RowArray]:
         return {}
 
     def read_rows(self, hook: str, start: int, stop: int) -> Float[np.ndarray, "row width"]:
         """Return rows `start` to `stop` (exclusive) in float32; raises IndexError outside the store."""
-        return decode(self.array(hook).read(start, stop), self.dtype)
+        array = self.array(hook)
+        return decode(array.read(start, stop), array.layout.store_dtype)
 
     def take(self, hook: str, rows: Int[np.ndarray, " row"]) -> Float[np.ndarray, "row width"]:
         """Return the given rows, in their order, in float32."""
-        return decode(self.array(hook).take(rows), self.dtype)
+        array = self.array(hook)
+        return decode(array.take(rows), array.layout.store_dtype)
+
+    def blocks(self, hook: str, rows: int = 4096, where: str | None = None) -> Iterator[Block]:
+        """Yield (row numbers, values in float32) of all rows in order, at most `rows` at a time, in constant memory.
+
+        Only the rows that `where` picks are given, where it is (see `rows`). `values` is overwritten when the next
+        block is asked for: copy what is to stay.
+        """
+        chosen = None if where is None else self.rows(where, hook)
+        return read_blocks(self.array(hook), rows, chosen)
 
     @cached_property
     def prompt_offset(self) -> Int[np.ndarray, " prompt_edge"]:
         """Where each prompt's rows begin, and where the last prompt's end; int64."""
-        return np.asarray(self.group["prompt_offset"][:])  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        return self._index_array("prompt_offset")
 
     @cached_property
     def prompt_idx(self) -> Int[np.ndarray, " row"]:
         """Prompt of each row, int32."""
-        return self._row_array("prompt_idx")
+        return self._index_array("prompt_idx")
 
     @cached_property
     def pos(self) -> Int[np.ndarray, " row"]:
         """Position of each row's token in its prompt, int32; 0 is BOS where the model has one."""
-        return self._row_array("pos")
+        return self._index_array("pos")
 
     @cached_property
     def token_id(self) -> Int[np.ndarray, " row"]:
         """Token of each row, int32."""
-        return self._row_array("token_id")
+        return self._index_array("token_id")
 
-    def _row_array(self, name: str) -> Int[np.ndarray, " row"]:
-        return np.asarray(self.group[name][:])  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    def _index_array(self, name: str) -> Int[np.ndarray, " n"]:
+        array: Any = self.group[name]
+        StoredChunks(self.group_place, array).require(0, array.shape[0])
+        return np.asarray(array[:])
 
     def table(self, columns: list[str] | None = None) -> pd.DataFrame:
         """Return `tokens.parquet` or some of its columns: row, prompt_idx, pos, token_id, text, massive:<hook>."""

@@ -109,12 +109,13 @@ def test_no_memory_is_allocated_while_batches_are_dropped(acts):
     assert len(addresses) <= 8
 
 
-def test_only_rows_that_are_wanted_come(acts, row_of):
-    where = acts.pos > 5
-    reader = reader_of(acts, where=where)
+@pytest.mark.parametrize("as_text", [True, False])
+def test_only_rows_that_are_wanted_come(acts, row_of, as_text):
+    wanted = acts.pos > 5
+    reader = reader_of(acts, where="pos > 5" if as_text else wanted)
     rows = [row for batch in reader.batches(0, reader.n_steps_per_epoch) for row in rows_in(batch, row_of)]
     assert len(rows) > 300
-    assert where[rows].all()
+    assert wanted[rows].all()
 
 
 def test_consumers_share_one_pass(acts, monkeypatch):
