@@ -4,7 +4,6 @@ A chunk is compared with its CRC-32C when this object first touches it; a missin
 ArtifactDamagedError, where zarr itself would answer a missing file with the fill value.
 """
 
-import itertools
 import json
 from types import TracebackType
 
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from mi_pipe.activations.layout import CRC_BYTES, ArrayLayout
+from mi_pipe.activations.row_array import take_rows
 from mi_pipe.activations.shard_file import crc32c
 from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
 from mi_pipe.core.errors import ArtifactDamagedError
@@ -50,17 +50,7 @@ class RawArray:
 
     def take(self, rows: Int[np.ndarray, " row"]) -> Shaped[np.ndarray, "row width"]:
         """Return stored rows in any order, repeats allowed; each chunk that holds one is read once."""
-        rows = np.asarray(rows, np.int64)
-        out = np.empty((len(rows), self.layout.width), numpy_dtype(self.layout.store_dtype))
-        order = np.argsort(rows, kind="stable")
-        size = self.layout.chunk_rows
-        _, starts = np.unique(rows[order] // size, return_index=True)
-        edges = [*starts.tolist(), len(rows)]
-        for first, last in itertools.pairwise(edges):
-            places = order[first:last]
-            low, high = int(rows[places[0]]), int(rows[places[-1]]) + 1
-            out[places] = self.read(low, high)[rows[places] - low]
-        return out
+        return take_rows(self, rows)
 
     def _read_chunk(self, shard: "_Shard", out: Shaped[np.ndarray, "row width"], row: int) -> None:
         """Read rows of one chunk, all of it if it is still to be verified."""
