@@ -13,12 +13,15 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
+from mi_pipe.activations.batches import Batching, batch_tokens_for
+from mi_pipe.activations.fallback import Fallback
 from mi_pipe.activations.filling import HarvestJob
-from mi_pipe.activations.forward import ForwardPass
+from mi_pipe.activations.forward import BatchTooLargeError, ForwardPass
 from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.hook_selection import array_layouts, at_lengths, check_shard_rows, select_hooks
 from mi_pipe.activations.layout import StoreLayout, shard_rows_for
-from mi_pipe.activations.plan import HarvestPlan, Tokens, kept_tokens
+from mi_pipe.activations.plan import HarvestPlan, Tokens
+from mi_pipe.activations.positions import at_positions, kept_tokens
 from mi_pipe.activations.precision import Precision, PrecisionChoice, pick_precision, round_weights
 from mi_pipe.activations.precision_sample import measure_precision
 from mi_pipe.activations.row_table import TOKENS_FILE, row_table
@@ -35,13 +38,13 @@ from mi_pipe.core.pool import contiguous_shares
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.models.device import pick_device
+from mi_pipe.models.info import ModelInfo
 from mi_pipe.models.model import Model
 from mi_pipe.models.source import ModelSource, load_source, source_hooks, source_vocabulary
 from mi_pipe.prompts.prompt_set import PromptSet
 
 _SAMPLE_PROMPTS = 8
 _TABLE_BYTES_A_ROW = 24
-_OVERFLOWED = "overflowed"
 _RUNS_A_WORKER = 4
 """Units of work a worker, so that a slow or lost one holds up little."""
 
@@ -68,10 +71,14 @@ class HarvestConfig(Config):
     """If a value does not fit float16: stop with a clear error, or begin again storing bfloat16."""
     keep_bos: bool = False
     """Keep the row of the BOS token at the start of each prompt."""
+    positions: str = Field(default="all", min_length=1)
+    """Which tokens become rows: all, last (of each prompt), every 8 (the first, the ninth, ...), or a condition such as
+    `token == ' Paris' or pos == pos_end` on the columns of the prompt set's tables."""
     massive_factor: float = Field(default=10.0, gt=1)
     """A row is massive if its norm is above this many median norms; statistics and training leave it out."""
-    batch_tokens: int = Field(default=4096, ge=1)
-    """Tokens of one forward pass; part of the result, because what is in a batch changes the last bits."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of one forward pass; part of the result, because what is in a batch changes the last bits. By default
+    1,024 on a CPU, whose caches they fit, and 16,384 on a GPU; every batch is halved where that is too much."""
     shard_rows: int | None = Field(default=None, ge=1)
     """Rows of a shard, a power of two; by default at most 134 MB, and less for small stores."""
     device: Annotated[str, Execution()] = "auto"
@@ -82,7 +89,7 @@ class HarvestConfig(Config):
 
 def estimate(config: HarvestConfig, inputs: Inputs) -> Estimate:
     """Return the bytes of shards and tables; raises what `run` would raise before the model loads."""
-    plan = make_plan(config, inputs, config.store_dtype)
+    plan = make_plan(config, inputs, Fallback(config.store_dtype))
     layout = plan.layout
     size = layout.size_bytes + layout.n_rows * _TABLE_BYTES_A_ROW
     names = ", ".join(array.name for array in layout.arrays)
@@ -91,22 +98,26 @@ def estimate(config: HarvestConfig, inputs: Inputs) -> Estimate:
 
 def run(config: HarvestConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
     """Fill the store; return its main figures."""
-    overflowed = work.scratch / _OVERFLOWED
-    if overflowed.exists():
-        return _harvest(config, inputs, work, "bfloat16")
-    try:
-        return _harvest(config, inputs, work, config.store_dtype)
-    except StorageOverflowError:
-        if config.on_overflow == "refuse" or config.store_dtype != "float16":
-            raise
-        write_bytes(overflowed, b"")
-        return _harvest(config, inputs, work, "bfloat16")
+    fallback = Fallback.read(work.scratch, config.store_dtype)
+    while True:
+        job = make_job(config, inputs, work.place_at(config.destination), work.scratch_at(config.destination), fallback)
+        try:
+            return _harvest(config, inputs, work, job, fallback)
+        except StorageOverflowError:
+            if config.on_overflow == "refuse" or fallback.store_dtype != "float16":
+                raise
+            fallback = fallback.with_bfloat16()
+        except BatchTooLargeError as error:
+            fallback = fallback.with_halved_batches(job.plan, error)
+        fallback.write(work.scratch)
 
 
-def _harvest(config: HarvestConfig, inputs: Inputs, work: Workspace, store_dtype: StoreDType) -> dict[str, Scalar]:
-    job = make_job(config, inputs, work.place_at(config.destination), work.scratch_at(config.destination), store_dtype)
+def _harvest(
+    config: HarvestConfig, inputs: Inputs, work: Workspace, job: HarvestJob, fallback: Fallback
+) -> dict[str, Scalar]:
+    store_dtype = fallback.store_dtype
     n_shards = job.plan.layout.n_shards
-    if job.prepare(work.scratch / "group", _attributes(inputs, store_dtype)):
+    if job.prepare(work.scratch / "group", _attributes(config, inputs, fallback)):
         work.path(PRECISION_FILE).unlink(missing_ok=True)
     todo = _mark_done(job, work)
     work.ledger.expect(n_shards)
@@ -117,18 +128,16 @@ def _harvest(config: HarvestConfig, inputs: Inputs, work: Workspace, store_dtype
             _fill(job, ForwardPass(model, job.hooks, _precision(config), store_dtype), work, todo)
         else:
             del model
-            _fill_in_pool(Share(config, inputs, job.place.url, job.scratch.url, store_dtype), job, work, todo)
+            _fill_in_pool(Share(config, inputs, job.place.url, job.scratch.url, fallback), job, work, todo)
     return _finish(job, config, inputs, work)
 
 
-def make_job(
-    config: HarvestConfig, inputs: Inputs, place: Place, scratch: Place, store_dtype: StoreDType
-) -> HarvestJob:
+def make_job(config: HarvestConfig, inputs: Inputs, place: Place, scratch: Place, fallback: Fallback) -> HarvestJob:
     """Return the plan with the places of its shards and of their sums."""
-    return HarvestJob(make_plan(config, inputs, store_dtype), place, scratch)
+    return HarvestJob(make_plan(config, inputs, fallback), place, scratch)
 
 
-def make_plan(config: HarvestConfig, inputs: Inputs, store_dtype: StoreDType) -> HarvestPlan:
+def make_plan(config: HarvestConfig, inputs: Inputs, fallback: Fallback) -> HarvestPlan:
     """Return the plan; raises HookPointError, ConfigError or PromptError for what cannot be done."""
     check_shard_rows(config.shard_rows)
     hooks, info = source_hooks(inputs.model)
@@ -136,19 +145,25 @@ def make_plan(config: HarvestConfig, inputs: Inputs, store_dtype: StoreDType) ->
     prompts = inputs.prompts
     ids, offsets = np.asarray(prompts.token_ids), np.asarray(prompts.offsets, np.int64)
     kept = kept_tokens(ids, offsets, source_vocabulary(inputs.model).bos_id, config.keep_bos)
+    kept = at_positions(config.positions, kept, offsets, prompts.file(TOKENS_FILE), prompts.file(PROMPTS_FILE))
     tokens = Tokens(ids, offsets, kept)
     _check_tokens(tokens, info.n_ctx, info.d_vocab, prompts.id)
     sites = at_lengths(sites, tokens.lengths)
-    widest = max(site.width for site in sites) * numpy_dtype(store_dtype).itemsize
-    shard_rows = config.shard_rows or shard_rows_for(tokens.n_rows, widest)
-    layout = StoreLayout(tokens.n_rows, shard_rows, array_layouts(sites, info, store_dtype, shard_rows))
+    widest = max(site.width for site in sites) * numpy_dtype(fallback.store_dtype).itemsize
+    shard_rows = config.shard_rows or shard_rows_for(tokens.n_rows, widest, len(tokens.ids))
+    layout = StoreLayout(tokens.n_rows, shard_rows, array_layouts(sites, info, fallback.store_dtype, shard_rows))
     identity = {"model": inputs.model.digest, "precision": _precision(config)}
-    return HarvestPlan(tokens, layout, config.batch_tokens, identity)
+    return HarvestPlan(tokens, layout, _batching(config, info, fallback), identity)
+
+
+def _batching(config: HarvestConfig, info: ModelInfo, fallback: Fallback) -> Batching:
+    batch_tokens = config.batch_tokens or batch_tokens_for(pick_device(config.device))
+    return Batching(batch_tokens, may_pad=info.is_causal, halvings=fallback.halvings)
 
 
 def _check_tokens(tokens: Tokens, n_ctx: int, d_vocab: int, prompts: str) -> None:
     if tokens.n_rows == 0:
-        raise PromptError(f"{prompts} has no token to store. Use other prompts, or keep_bos: true.")
+        raise PromptError(f"{prompts} has no token to store. Use other prompts or positions, or keep_bos: true.")
     longest = int(tokens.lengths.max())
     if longest > n_ctx:
         raise PromptError(f"{prompts} has a prompt of {longest:,} tokens; the model takes at most {n_ctx:,}.")
@@ -164,8 +179,15 @@ def _precision(config: HarvestConfig) -> Precision:
     return pick_precision(config.precision, pick_device(config.device))
 
 
-def _attributes(inputs: Inputs, store_dtype: StoreDType) -> dict[str, Any]:
-    return {"model": inputs.model.id, "prompts": inputs.prompts.id, "store_dtype": store_dtype}
+def _attributes(config: HarvestConfig, inputs: Inputs, fallback: Fallback) -> dict[str, Any]:
+    """Return what the store says of itself: also what auto has meant here, so that its shards can be made again."""
+    return {
+        "model": inputs.model.id,
+        "prompts": inputs.prompts.id,
+        "precision": _precision(config),
+        "batch_tokens": config.batch_tokens or batch_tokens_for(pick_device(config.device)),
+        **asdict(fallback),
+    }
 
 
 def _mark_done(job: HarvestJob, work: Workspace) -> list[int]:
@@ -219,26 +241,25 @@ class Share:
     inputs: Inputs
     place: str
     scratch: str
-    store_dtype: StoreDType
+    fallback: Fallback
 
 
 def fill_share(share: Share, shards: list[int]) -> list[int]:
     """Fill some shards in a worker process and return their numbers; plan and model are kept for the next ones."""
-    if share.place not in _KEPT:
-        job = make_job(
-            share.config, share.inputs, open_place(share.place), open_place(share.scratch), share.store_dtype
-        )
+    key = share.place, share.fallback
+    if key not in _KEPT:
+        job = make_job(share.config, share.inputs, open_place(share.place), open_place(share.scratch), share.fallback)
         precision = _precision(share.config)
         model = load_source(share.inputs.model, share.config.device, "float32")
         round_weights(model.module, precision)
         _KEPT.clear()
-        _KEPT[share.place] = job, ForwardPass(model, job.hooks, precision, share.store_dtype)
-    job, forward = _KEPT[share.place]
+        _KEPT[key] = job, ForwardPass(model, job.hooks, precision, share.fallback.store_dtype)
+    job, forward = _KEPT[key]
     job.fill(forward, shards)
     return shards
 
 
-_KEPT: dict[str, tuple[HarvestJob, ForwardPass]] = {}
+_KEPT: dict[tuple[str, Fallback], tuple[HarvestJob, ForwardPass]] = {}
 
 
 def _fill_in_pool(share: Share, job: HarvestJob, work: Workspace, todo: list[int]) -> None:

@@ -1,30 +1,43 @@
 """The forward pass of a harvest: the values at some hook points and nothing after the last of them.
 
 Fast path: native hooks on the plain model's own modules (SDPA attention); when the last value asked for is there,
-a private exception ends the pass, so later layers and the unembedding never run. Hook points that only the
-TransformerLens bridge has (split q, k, v of fused projections, normalised inputs) are read through its cache.
+a private exception ends the pass, so later layers and the unembedding never run. The few hook points that only the
+TransformerLens bridge has (rotated q and k) are read through its cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from mi_pipe.activations.collecting import Collector, LastValueReachedError, PendingRows
 from mi_pipe.activations.plan import Batch
 from mi_pipe.activations.precision import Precision, computing
-from mi_pipe.activations.storage_dtype import StoreDType, as_stored, torch_store_dtype
+from mi_pipe.activations.storage_dtype import StoreDType, torch_store_dtype
 from mi_pipe.core.errors import StageError
-from mi_pipe.models.model import Edit, Model
+from mi_pipe.models.lean import lean
+from mi_pipe.models.model import Model
+from mi_pipe.models.reading import Reading, listening
 
 
-class _LastValueReached(Exception):  # noqa: N818 (not an error: it ends the pass early)
-    """Raised within a hook when every value asked for is there."""
+class BatchTooLargeError(StageError):
+    """A batch of the plan does not fit into the device's memory."""
+
+
+class RowSource(Protocol):
+    """What computes the rows of a plan's batches."""
+
+    def start(self, batch: Batch) -> PendingRows:
+        """Begin a batch; raises BatchTooLargeError."""
+        ...
 
 
 class ForwardPass:
-    """Runs a model up to the last of some hook points."""
+    """Runs a language model up to the last of some hook points."""
 
     def __init__(self, model: Model, hooks: Sequence[str], precision: Precision, store_dtype: StoreDType) -> None:
         """Read `hooks` of a model whose weights are already rounded to `precision`."""
@@ -32,88 +45,90 @@ class ForwardPass:
         self._model = model
         self._precision: Precision = precision
         self._dtype = torch_store_dtype(store_dtype)
-        self.needs_bridge = any(model.hooks[name].module_path is None for name in hooks)
+        readings = {name: model.hooks[name].reading for name in hooks}
+        self._plain: dict[str, Reading] = {name: found for name, found in readings.items() if found is not None}
+        self._bridged = [name for name in hooks if name not in self._plain]
+        self._with_patterns = any(reading.side == "pattern" for reading in self._plain.values())
+
+    @property
+    def needs_bridge(self) -> bool:
+        """Say whether a hook point is there that only TransformerLens' bridge has."""
+        return bool(self._bridged)
+
+    def start(self, batch: Batch) -> PendingRows:
+        """Begin a batch of the plan; its rows come in the storage dtype. Raises BatchTooLargeError."""
+        with _within_memory(batch.tokens):
+            return self._run(batch.tokens, batch.kept, self._dtype)
 
     def rows(self, batch: Batch) -> dict[str, Shaped[np.ndarray, "row width"]]:
         """Run one batch and return the kept rows of each hook point as they are to be stored."""
-        return self.stored(batch.tokens, batch.kept)
+        return self.start(batch).result()
 
     def stored(
         self, tokens: Int[np.ndarray, "batch pos"], kept: Bool[np.ndarray, "batch pos"]
     ) -> dict[str, Shaped[np.ndarray, "row width"]]:
         """Run some prompts and return the kept rows of each hook point in the storage dtype."""
-        return {name: as_stored(value) for name, value in self._run(tokens, kept, self._dtype).items()}
+        return self._run(tokens, kept, self._dtype).result()
 
     def exact(
         self, tokens: Int[np.ndarray, "batch pos"], kept: Bool[np.ndarray, "batch pos"]
     ) -> dict[str, Float[np.ndarray, "row width"]]:
         """Run some prompts and return the kept rows of each hook point in float32, before any storage rounding."""
-        return {name: value.numpy() for name, value in self._run(tokens, kept, torch.float32).items()}
+        return self._run(tokens, kept, torch.float32).result()
 
     def _run(
         self, tokens: Int[np.ndarray, "batch pos"], kept: Bool[np.ndarray, "batch pos"], dtype: torch.dtype
-    ) -> dict[str, Float[Tensor, "row width"]]:
+    ) -> PendingRows:
         device = self._model.device
-        collector = _Collector(self.hooks, torch.from_numpy(kept).to(device), dtype)
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        collector = Collector(self.hooks, list(self._plain), kept, dtype, device)
+        ids = torch.from_numpy(tokens.astype(np.int64))
         with torch.inference_mode(), computing(self._precision, device):
-            if self.needs_bridge:
-                self._run_bridge(ids, collector)
-            else:
+            ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
+            if self._plain:
                 self._run_plain(ids, collector)
-        return {name: collector.values[name].cpu() for name in self.hooks}
+            if self._bridged:
+                self._run_bridge(ids, collector)
+            return collector.rows()
 
-    def _run_plain(self, ids: Int[Tensor, "batch pos"], collector: "_Collector") -> None:
+    def _run_plain(self, ids: Int[Tensor, "batch pos"], collector: Collector) -> None:
         module = self._model.module
-        options = {"use_cache": False} if hasattr(getattr(module, "config", None), "use_cache") else {}
-        edits: dict[str, Edit] = {name: collector.hook(name) for name in self.hooks}
         try:
-            with self._model.edited(edits):
+            with lean(module, self._with_patterns) as options, listening(module, self._plain, collector):
                 module(ids, **options)
-        except _LastValueReached:
+        except LastValueReachedError:
             return
-        raise StageError(f"The model's forward pass did not reach the hook points {', '.join(collector.missing)}.")
+        self._leave_patterns_to_bridge([name for name in collector.missing if name in self._plain])
 
-    def _run_bridge(self, ids: Int[Tensor, "batch pos"], collector: "_Collector") -> None:
+    def _leave_patterns_to_bridge(self, missing: list[str]) -> None:
+        """Read patterns from the bridge that the model's attention does not return (Falcon); raise for other values."""
+        if any(self._plain[name].side != "pattern" or self._model.hooks.is_module(name) for name in missing):
+            raise StageError(f"The model's forward pass did not compute {', '.join(missing)}.")
+        self._bridged += missing
+        self._plain = {name: reading for name, reading in self._plain.items() if name not in missing}
+
+    def _run_bridge(self, ids: Int[Tensor, "batch pos"], collector: Collector) -> None:
         # The cache, not run_with_hooks: it is what knows the bridge's aliases.
-        wanted = set(self.hooks)
-        layers = [self._model.hooks[name].layer for name in self.hooks]
+        wanted = set(self._bridged)
+        layers = [self._model.hooks[name].layer for name in self._bridged]
         stop = (
             None if any(layer is None for layer in layers) else 1 + max(layer for layer in layers if layer is not None)
         )
         _, cache = self._model.bridge.run_with_cache(
             ids, names_filter=lambda name: name in wanted, stop_at_layer=stop, return_type=None
         )
-        for name in self.hooks:
-            collector.take(name, cache[name])
+        for name in self._bridged:
+            value = cache[name]
+            # Patterns come as (batch, head, query, key); a row is one query token.
+            is_pattern = self._model.hooks[name].pattern_heads is not None
+            collector.take(name, value.transpose(1, 2) if is_pattern else value)
 
 
-class _Collector:
-    """Takes kept rows out of values as they appear, in the dtype they are stored in."""
-
-    def __init__(self, hooks: list[str], kept: Bool[Tensor, "batch pos"], dtype: torch.dtype) -> None:
-        self.values: dict[str, Float[Tensor, "row width"]] = {}
-        self._hooks = hooks
-        self._kept = kept
-        self._all_kept = bool(kept.all())
-        self._dtype = dtype
-
-    @property
-    def missing(self) -> list[str]:
-        return [name for name in self._hooks if name not in self.values]
-
-    def hook(self, name: str) -> Edit:
-        def read(value: Tensor) -> None:
-            self.take(name, value)
-            if len(self.values) == len(self._hooks):
-                raise _LastValueReached
-
-        return read
-
-    def take(self, name: str, value: Float[Tensor, "batch pos *shape"]) -> None:
-        if value.shape[:2] != self._kept.shape:
-            raise StageError(f"The value at {name!r} has shape {tuple(value.shape)}, not (batch, pos, ...).")
-        flat = value.flatten(2)
-        rows = flat.flatten(0, 1) if self._all_kept else flat[self._kept]
-        # A copy even where the dtype is the same: the model may change its own tensor in place afterwards.
-        self.values[name] = rows.to(self._dtype, copy=True)
+@contextmanager
+def _within_memory(inputs: Shaped[np.ndarray, "batch *shape"]) -> Generator[None]:
+    """Say of an out-of-memory error which batch it was."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BatchTooLargeError(
+            f"A batch of {inputs.shape[0]} prompts of {inputs.shape[1]} tokens does not fit into the device's memory."
+        ) from error

@@ -2,6 +2,10 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Int
 
 from mi_pipe.activations.layout import ArrayLayout, chunk_rows_for
 from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
@@ -10,21 +14,20 @@ from mi_pipe.models.hook_points import HookMap, HookSite
 from mi_pipe.models.info import ModelInfo
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_EVERY_LAYER = "blocks.*."
 
 
 def select_hooks(names: Iterable[str], hooks: HookMap) -> list[HookSite]:
     """Return the sites that names and patterns mean, each once, in the order asked for.
 
-    `blocks.{3,7}.hook_resid_post` means layers 3 and 7, `blocks.*.hook_resid_post` every layer. Raises
-    HookPointError for a name the model does not have, or one without a value at each token.
+    `blocks.{3,7}.hook_resid_post` means layers 3 and 7, `blocks.*.hook_resid_post` every layer; paths of the model's
+    own modules likewise (`model.layers.*.mlp.gate_proj`). Raises HookPointError for a name the model does not have,
+    or one without a value at each token.
     """
     chosen = {name: hooks[name] for pattern in names for name in _expand(pattern, hooks)}
     for name, site in chosen.items():
-        if not site.shape:
+        if not site.shape and site.pattern_heads is None:
             raise HookPointError(
-                f"Hook point {name!r} has no value at each token, so it cannot be a row of an activation store. "
-                "Attention patterns are stored by the stage heads."
+                f"Hook point {name!r} has no value at each token, so it cannot be a row of an activation store."
             )
     return list(chosen.values())
 
@@ -38,11 +41,25 @@ def _expand(pattern: str, hooks: HookMap) -> list[str]:
             for part in parts
             for name in _expand(pattern[: braces.start()] + part + pattern[braces.end() :], hooks)
         ]
-    if not pattern.startswith(_EVERY_LAYER):
-        return [pattern]
-    n_layers = 1 + max((site.layer for site in hooks if site.layer is not None), default=0)
-    every = [f"blocks.{layer}.{pattern.removeprefix(_EVERY_LAYER)}" for layer in range(n_layers)]
-    return [name for name in every if name in hooks] or every[:1]
+    # A pattern that means nothing is answered as its first layer would be.
+    return (hooks.matching(pattern) or [pattern.replace("*", "0")]) if "*" in pattern else [pattern]
+
+
+def at_lengths(sites: Sequence[HookSite], lengths: Int[np.ndarray, " prompt"]) -> list[HookSite]:
+    """Give attention patterns the shape (head, key) that they have for prompts of just this length.
+
+    Raises HookPointError if there are patterns and the prompts differ in length.
+    """
+    patterns = [site.name for site in sites if site.pattern_heads is not None]
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if patterns and shortest != longest:
+        raise HookPointError(
+            f"Hook point {patterns[0]!r}: a row of an attention pattern is (head, key), so all prompts need the same "
+            f"length; these have {shortest:,} to {longest:,} tokens."
+        )
+    return [
+        site if site.pattern_heads is None else replace(site, shape=(site.pattern_heads, longest)) for site in sites
+    ]
 
 
 def array_layouts(
@@ -71,6 +88,8 @@ def check_shard_rows(shard_rows: int | None) -> None:
 
 def _dimension(site: HookSite, info: ModelInfo) -> str:
     """Name an array's second dimension; equal names have equal sizes, as xarray asks."""
+    if site.pattern_heads is not None:
+        return "head_key"
     named: dict[tuple[int | None, ...], str] = {
         (info.d_vocab,): "d_vocab",
         (info.d_mlp,): "d_mlp",

@@ -110,13 +110,19 @@ def chunk_rows_for(row_bytes: int, shard_rows: int) -> int:
     return min(shard_rows, power_of_two_below(max(1, _CHUNK_BYTES // row_bytes)))
 
 
-def shard_rows_for(n_rows: int, widest_row_bytes: int) -> int:
+def shard_rows_for(n_rows: int, widest_row_bytes: int, n_tokens: int | None = None) -> int:
     """Return the rows of a shard: a power of two, at most 134 MB of the widest array; small stores about 16 shards.
+
+    Where only some of `n_tokens` become rows, a shard has no more tokens to run than it would have rows: that bounds
+    the work that a kill can lose.
 
     >>> shard_rows_for(100_000_000, 1152), shard_rows_for(100_000_000, 8192), shard_rows_for(100_000, 128)
     (65536, 16384, 8192)
+    >>> shard_rows_for(1_000_000, 1152, n_tokens=128_000_000)
+    512
     """
-    largest = power_of_two_below(max(1, _SHARD_BYTES // widest_row_bytes))
+    tokens_a_row = max(1.0, (n_tokens or n_rows) / n_rows)
+    largest = power_of_two_below(max(1, int(_SHARD_BYTES // widest_row_bytes / tokens_a_row)))
     fair = power_of_two_below(max(1, 2 * (n_rows // _SHARDS_OF_SMALL_STORE) - 1))
     return min(largest, max(fair, min(_MIN_SHARD_ROWS, largest)))
 

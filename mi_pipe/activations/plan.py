@@ -1,23 +1,26 @@
 """The plan of a harvest: which token becomes which row, and which prompts are run together; fixed before any work.
 
-Rows are the kept tokens in prompt order. Batches hold prompts of one length (no padding) and are formed in
-prompt order: a batch is closed when it is full, or when the prompts have moved two shards past its first.
-Batch composition changes bits, so shard i is a pure function of (plan, i): a batch whose rows lie in two shards
-is run whole for each, or carried over when they are done one after the other.
+Rows are the kept tokens in prompt order. Batches (mi_pipe/activations/batches.py) are fixed too, because what is run
+together changes the last bits: shard i is a pure function of (plan, i), and a batch whose rows lie in two shards is run
+whole for each, or carried over when they are done one after the other. A plan that did not fit into memory has its
+batches halved, all of them, and is another plan.
 """
 
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from mi_pipe.activations.batches import Batching, form_batches
 from mi_pipe.activations.layout import StoreLayout
 from mi_pipe.core.canonical import content_hash
 
-_LATEST_SHARD_GAP = 2
+BATCH_RULE = 2
+"""Counted up when other prompts are put together than before, so that no harvest goes on in the middle."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,9 @@ class Tokens:
         }
 
 
-def kept_tokens(
-    ids: Int[np.ndarray, " token"], offsets: Int[np.ndarray, " boundary"], bos_id: int | None, keep_bos: bool
-) -> Bool[np.ndarray, " token"]:
-    """Say which tokens become rows: all, or all but a BOS at the start of a prompt."""
-    kept = np.ones(len(ids), bool)
-    if bos_id is not None and not keep_bos:
-        starts = offsets[:-1][np.diff(offsets) > 0]
-        kept[starts] = ids[starts] != bos_id
-    return kept
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of one length that are run together, and the rows that their kept tokens become."""
+    """Prompts that are run together, shorter ones padded on the right, and the rows that their kept tokens become."""
 
     number: int
     tokens: Int[np.ndarray, "batch pos"]
@@ -84,23 +76,28 @@ class Batch:
 class HarvestPlan:
     """Tokens, layout and batches of one harvest."""
 
-    def __init__(self, tokens: Tokens, layout: StoreLayout, batch_tokens: int, identity: dict[str, Any]) -> None:
-        """Fix the batches; `identity` is what else decides the values (model, hooks, precision)."""
+    def __init__(self, tokens: Tokens, layout: StoreLayout, batching: Batching, identity: dict[str, Any]) -> None:
+        """Fix the batches; `identity` is what else decides the values (model, precision)."""
         assert layout.n_rows == tokens.n_rows, "the layout is for these tokens"
         self.tokens = tokens
         self.layout = layout
-        self._batches = form_batches(tokens, layout.shard_rows, batch_tokens)
+        self._batches = form_batches(tokens.lengths, tokens.row_offsets, layout.shard_rows, batching)
         self._shards = [self._shards_of(prompts) for prompts in self._batches]
         self._by_shard: list[list[int]] = [[] for _ in range(layout.n_shards)]
         for number, shards in enumerate(self._shards):
             for shard in shards:
                 self._by_shard[shard].append(number)
-        self.hash = self._hash(batch_tokens, identity)
+        self.hash = self._hash(batching, identity)
 
     @property
     def n_batches(self) -> int:
         """Number of batches."""
         return len(self._batches)
+
+    @property
+    def largest_batch(self) -> int:
+        """Number of prompts of the largest batch."""
+        return max(len(prompts) for prompts in self._batches)
 
     def batches_of(self, shard: int) -> list[int]:
         """Return the batches that have rows in a shard, ascending."""
@@ -113,11 +110,13 @@ class HarvestPlan:
     def batch(self, number: int) -> Batch:
         """Return one batch."""
         prompts = self._batches[number]
-        starts = self.tokens.offsets[prompts]
-        at = starts[:, None] + np.arange(int(self.tokens.lengths[prompts[0]]))
+        lengths = self.tokens.lengths[prompts]
+        pos = np.arange(int(lengths.max()))
+        is_token = pos < lengths[:, None]
+        at = np.where(is_token, self.tokens.offsets[prompts][:, None] + pos, 0)
         first, stop = self.tokens.row_offsets[prompts], self.tokens.row_offsets[prompts + 1]
         rows = np.concatenate([np.arange(a, b) for a, b in zip(first, stop, strict=True)])
-        return Batch(number, self.tokens.ids[at], self.tokens.kept[at], rows)
+        return Batch(number, self.tokens.ids[at], self.tokens.kept[at] & is_token, rows)
 
     def sample(
         self, n_prompts: int, batch_tokens: int
@@ -139,41 +138,16 @@ class HarvestPlan:
         last = (self.tokens.row_offsets[prompts + 1] - 1) // self.layout.shard_rows
         return sorted({shard for a, b in zip(first, last, strict=True) for shard in range(int(a), int(b) + 1)})
 
-    def _hash(self, batch_tokens: int, identity: dict[str, Any]) -> str:
+    def _hash(self, batching: Batching, identity: dict[str, Any]) -> str:
         tokens, layout = self.tokens, self.layout
         arrays = [tokens.ids.astype("<i4"), tokens.offsets.astype("<i8"), np.packbits(tokens.kept)]
         return content_hash(
             {
-                "tokens": [content_hash(array.tobytes().hex()) for array in arrays],
+                "tokens": [hashlib.sha256(array.data).hexdigest() for array in arrays],
                 "shard_rows": layout.shard_rows,
                 "arrays": [[a.name, list(a.token_shape), a.store_dtype, a.chunk_rows] for a in layout.arrays],
-                "batch_tokens": batch_tokens,
+                **asdict(batching),
+                "batch_rule": BATCH_RULE,
                 **identity,
             }
         )
-
-
-def form_batches(tokens: Tokens, shard_rows: int, batch_tokens: int) -> list[Int[np.ndarray, " prompt"]]:
-    """Return the prompts of each batch; prompts without a kept token are in none.
-
-    A batch has as many prompts of one length as fit into `batch_tokens`, at least one.
-    """
-    lengths = tokens.lengths.tolist()
-    n_rows = np.diff(tokens.row_offsets).tolist()
-    shards = (tokens.row_offsets[:-1] // shard_rows).tolist()
-    open_batches: dict[int, list[int]] = {}
-    batches: list[list[int]] = []
-    current = 0
-    for prompt, (length, rows, shard) in enumerate(zip(lengths, n_rows, shards, strict=True)):
-        if rows == 0:
-            continue
-        if shard != current:
-            current = shard
-            stale = [key for key, members in open_batches.items() if shard - shards[members[0]] >= _LATEST_SHARD_GAP]
-            batches.extend(open_batches.pop(key) for key in stale)
-        members = open_batches.setdefault(length, [])
-        members.append(prompt)
-        if (len(members) + 1) * length > batch_tokens:
-            batches.append(open_batches.pop(length))
-    batches.extend(open_batches.values())
-    return [np.array(members, np.int64) for members in batches]

@@ -1,25 +1,19 @@
-"""Hook points: TransformerLens' names, their shapes, and where each lies in the model's own modules.
+"""Hook points: TransformerLens' names and module paths, their shapes, and where each lies in the model's own modules.
 
-A map is made from a model without weights (on torch's meta device): the TransformerLens bridge is built
-around it and run once, which gives every hook name and shape; each hook that is just the input or output of
-one of the model's own modules is noted with that module's path. Such hooks are read and patched on the
-plain model, without the bridge; the others (attention patterns, split q, k, v of fused projections) need it.
+How they are listed is in mi_pipe/models/bridge_sites.py and module_sites.py.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import nn
 
 from mi_pipe.core.errors import HookPointError, near_names
+from mi_pipe.models.reading import Reading
 
 _LAYER = re.compile(r"^blocks\.(\d+)\.")
-_PROBE_BATCH = 2
-_PROBE_POSITIONS = 3
-_SEQUENCE_DIMS = 2
 
 
 @dataclass(frozen=True)
@@ -30,8 +24,12 @@ class HookSite:
     shape: tuple[int, ...]
     """Shape of one token's value, such as (d_model,) or (n_heads, d_head); () if it has no pos axis."""
     module_path: str | None
-    """Path of the model's own module, or None if only the bridge can reach it."""
+    """Path of the model's own module whose input or output this is, or None."""
     side: Literal["in", "out"]
+    derived: Reading | None = None
+    """How it follows from one of the model's own modules, if it does so by a rule."""
+    pattern_heads: int | None = None
+    """Number of heads if this is an attention pattern, whose shape a token is (head, key) and depends on the prompt."""
 
     @property
     def layer(self) -> int | None:
@@ -43,34 +41,60 @@ class HookSite:
         """Number of values a token."""
         return int(torch.Size(self.shape).numel())
 
+    @property
+    def reading(self) -> Reading | None:
+        """How the value is read on the plain model, or None if only the bridge has it."""
+        return Reading(self.module_path, self.side) if self.module_path is not None else self.derived
+
 
 class HookMap:
     """All hook points of a model."""
 
-    def __init__(self, sites: Iterable[HookSite]) -> None:
-        """Hold the sites by name."""
+    def __init__(self, sites: Iterable[HookSite], modules: Iterable[HookSite] = ()) -> None:
+        """Hold the sites of TransformerLens' names, and those that are named by a module's path."""
         self._sites = {site.name: site for site in sites}
+        self._modules = {site.name: site for site in modules}
 
-    def __iter__(self):
-        """Iterate over the sites."""
+    def __iter__(self) -> Iterator[HookSite]:
+        """Iterate over the sites with TransformerLens' names."""
         return iter(self._sites.values())
+
+    @property
+    def modules(self) -> list[HookSite]:
+        """The sites that are named by a module's path."""
+        return list(self._modules.values())
+
+    def is_module(self, name: str) -> bool:
+        """Say whether a name is a module's path and none of TransformerLens'."""
+        return name in self._modules and name not in self._sites
 
     def __contains__(self, name: str) -> bool:
         """Say whether the model has the hook point."""
-        return name in self._sites
+        return name in self._sites or name in self._modules
 
     def __getitem__(self, name: str) -> HookSite:
         """Return a site; raises HookPointError with near names, or with the range of layers."""
-        if name in self._sites:
-            return self._sites[name]
+        for sites in (self._sites, self._modules):
+            if name in sites:
+                return sites[name]
         layer = layer_of(name)
         n_layers = 1 + max((site.layer for site in self if site.layer is not None), default=-1)
-        if layer is not None and layer >= n_layers:
+        if layer is not None and n_layers and layer >= n_layers:
             raise HookPointError(f"Hook point {name!r}: the model has layers 0 to {n_layers - 1}, not {layer}.")
-        near = near_names(name, self._sites)
-        kinds = "resid_pre, resid_post, attn_out, mlp_out" if not near else ""
+        near = near_names(name, self._sites) or near_names(name, self._modules)
+        kinds = "resid_pre, resid_post, attn_out, mlp_out" if not near and self._sites else ""
         hint = f" Hook points of a block are, among others, {kinds}: blocks.0.hook_resid_pre." if kinds else near
         raise HookPointError(f"The model has no hook point {name!r}.{hint}")
+
+    def matching(self, pattern: str) -> list[str]:
+        """Return the names that a pattern means, by layer: each `*` stands for a number."""
+        shape = re.compile(re.escape(pattern).replace(re.escape("*"), r"(\d+)"))
+        found = {
+            name: tuple(int(n) for n in numbers.groups())
+            for name in (*self._sites, *self._modules)
+            if (numbers := shape.fullmatch(name))
+        }
+        return sorted(found, key=lambda name: found[name])
 
 
 def layer_of(hook_name: str) -> int | None:
@@ -81,42 +105,3 @@ def layer_of(hook_name: str) -> int | None:
     """
     found = _LAYER.match(hook_name)
     return int(found.group(1)) if found else None
-
-
-def map_hooks(bridge: Any, module_paths: dict[int, str]) -> HookMap:
-    """Run a bridge once (weights and data are not looked at) and list its hook points.
-
-    `module_paths` maps `id(module)` of the model's own modules, taken before the bridge wrapped them, to
-    their paths.
-    """
-    tokens = torch.zeros(_PROBE_BATCH, _PROBE_POSITIONS, dtype=torch.long, device=bridge.cfg.device)
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(tokens)
-    hooks = bridge.hook_dict
-    return HookMap(_site(bridge, name, tuple(value.shape), hooks, module_paths) for name, value in cache.items())
-
-
-def _site(bridge: Any, name: str, shape: tuple[int, ...], hooks: dict[str, Any], paths: dict[int, str]) -> HookSite:
-    canonical = hooks[name].name if name in hooks else name
-    component_path, _, hook = canonical.rpartition(".")
-    path = None
-    # The bridge repeats learned position embeddings over the batch; the module's own value has no batch axis.
-    if hook in ("hook_in", "hook_out") and component_path != "pos_embed":
-        component = _resolve(bridge, component_path)
-        path = paths.get(id(getattr(component, "original_component", None)))
-    has_positions = len(shape) > _SEQUENCE_DIMS and shape[:_SEQUENCE_DIMS] == (_PROBE_BATCH, _PROBE_POSITIONS)
-    token_shape = shape[_SEQUENCE_DIMS:] if has_positions else ()
-    return HookSite(name, token_shape, path, "in" if hook == "hook_in" else "out")
-
-
-def _resolve(root: Any, path: str) -> Any:
-    for part in path.split("."):
-        root = root[int(part)] if part.isdigit() else getattr(root, part, None)
-        if root is None:
-            return None
-    return root
-
-
-def module_paths(module: nn.Module) -> dict[int, str]:
-    """Return the path of every sub-module by `id`."""
-    return {id(child): path for path, child in module.named_modules()}

@@ -19,6 +19,8 @@ class ModelInfo:
     n_ctx: int
     attn_only: bool
     parallel_attn_mlp: bool
+    is_causal: bool = True
+    """A token sees only what is before it."""
 
     @classmethod
     def from_bridge_config(cls, cfg: Any) -> "ModelInfo":
@@ -35,4 +37,5 @@ class ModelInfo:
             n_ctx=cfg.n_ctx,
             attn_only=bool(cfg.attn_only),
             parallel_attn_mlp=bool(cfg.parallel_attn_mlp),
+            is_causal=getattr(cfg, "attention_dir", "causal") == "causal",
         )

@@ -1,5 +1,6 @@
 """Loading: from a handle to hook points (no weights read) and to a model."""
 
+import contextlib
 import copy
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -11,15 +12,17 @@ from torch import nn
 
 from mi_pipe.core.errors import ModelError
 from mi_pipe.core.vocabulary import Vocabulary
+from mi_pipe.models.bridge_sites import has_unknown_parts, map_hooks, probe_tokens, repeat_last_layer
 from mi_pipe.models.device import DType, pick_device, torch_dtype
 from mi_pipe.models.gguf import load_gguf
 from mi_pipe.models.handle import ModelHandle
-from mi_pipe.models.hook_points import HookMap, map_hooks, module_paths
+from mi_pipe.models.hook_points import HookMap, HookSite
 from mi_pipe.models.info import ModelInfo
 from mi_pipe.models.model import Model
+from mi_pipe.models.module_sites import module_paths, module_sites
 from mi_pipe.models.vocabulary import TokenizerVocabulary
 
-# Models with one fused q, k, v projection cannot be bridged without values; these few layers have random ones.
+# In models with one fused q, k, v projection the parts are told apart by values; these few layers have random ones.
 _FUSED_PROBE_LAYERS = 2
 
 
@@ -58,41 +61,28 @@ def hooks_of_config(config: Any, name: str) -> tuple[HookMap, ModelInfo]:
     """Return the hook points and sizes of the model that a HuggingFace config describes."""
     config = copy.deepcopy(config)
     architecture = _architecture(config, name)
-    try:
-        bridge, paths = _empty_bridge(config, architecture, "meta")
-    except NotImplementedError:
-        n_layers = config.num_hidden_layers
-        config.num_hidden_layers = min(n_layers, _FUSED_PROBE_LAYERS)
-        bridge, paths = _empty_bridge(config, architecture, "cpu")
-        info = ModelInfo.from_bridge_config(bridge.cfg)
-        return _repeat_layers(map_hooks(bridge, paths), n_layers), replace(info, n_layers=n_layers)
-    return map_hooks(bridge, paths), ModelInfo.from_bridge_config(bridge.cfg)
+    with contextlib.suppress(NotImplementedError):
+        hooks, info = _empty_bridge(config, architecture, "meta")
+        if not has_unknown_parts(hooks):
+            return hooks, info
+    n_layers = config.num_hidden_layers
+    config.num_hidden_layers = min(n_layers, _FUSED_PROBE_LAYERS)
+    hooks, info = _empty_bridge(config, architecture, "cpu")
+    return repeat_last_layer(hooks, info.n_layers, n_layers), replace(info, n_layers=n_layers)
 
 
-def _repeat_layers(hooks: HookMap, n_layers: int) -> HookMap:
-    """Give the last layer's sites to every further layer."""
-    last = max(site.layer for site in hooks if site.layer is not None)
-    sites = list(hooks)
-    for layer in range(last + 1, n_layers):
-        for site in hooks:
-            if site.layer == last:
-                path = site.module_path and site.module_path.replace(f".{last}.", f".{layer}.", 1)
-                if path and path.endswith(f".{last}"):
-                    path = f"{path.rpartition('.')[0]}.{layer}"
-                name = site.name.replace(f"blocks.{last}.", f"blocks.{layer}.", 1)
-                sites.append(replace(site, name=name, module_path=path))
-    return HookMap(sites)
-
-
-def _empty_bridge(config: Any, architecture: str, device: str) -> tuple[Any, dict[int, str]]:
+def _empty_bridge(config: Any, architecture: str, device: str) -> tuple[HookMap, ModelInfo]:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     from transformers import AutoModelForCausalLM
 
     with torch.device(device), torch.random.fork_rng(devices=[]):
-        module = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        module = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    modules: list[HookSite] = []
+    with contextlib.suppress(RuntimeError):  # some models look at values, which the meta device has not
+        modules = module_sites(module, probe_tokens(device), n_axes=2)
     paths = module_paths(module)
     bridge = build_bridge_from_module(module, architecture, hf_config=config, tokenizer=None, device=device)
-    return bridge, paths
+    return map_hooks(bridge, paths, modules), ModelInfo.from_bridge_config(bridge.cfg)
 
 
 def _bridge_of(module: Any, name: str) -> Any:

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mi_pipe.core.artifact import Artifact
+from mi_pipe.models.bridge_sites import map_hooks, probe_tokens
 from mi_pipe.models.device import pick_device
-from mi_pipe.models.hook_points import map_hooks, module_paths
 from mi_pipe.models.info import ModelInfo
 from mi_pipe.models.model import Model
+from mi_pipe.models.module_sites import module_paths, module_sites
 from mi_pipe.models.vocabulary import NumberVocabulary
 
 CONFIG_FILE = "model_config.json"
@@ -50,9 +51,10 @@ def native_module(fields: dict[str, Any]) -> nn.Module:
 def wrap_native(module: Any) -> Model:
     """Make a Model of a native module."""
     probe = copy.deepcopy(module)
+    modules = module_sites(probe, probe_tokens(next(probe.parameters()).device), n_axes=2)
     paths = module_paths(probe)
     bridge = _bridge_of(probe)
-    hooks = map_hooks(bridge, paths)
+    hooks = map_hooks(bridge, paths, modules)
     info = ModelInfo.from_bridge_config(bridge.cfg)
     return Model(module, info, hooks, NumberVocabulary(info.d_vocab), _bridge_of)
 

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from mi_pipe.activations.fallback import Fallback
 from mi_pipe.activations.forward import ForwardPass
 from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.core.errors import StageError
@@ -24,7 +25,7 @@ def make_job(store, tmp_path):
 
     def make(name):
         place, scratch = LocalPlace(tmp_path / name), LocalPlace(tmp_path / f"{name}-scratch")
-        job = harvest.make_job(CONFIG, inputs, place, scratch, "float16")
+        job = harvest.make_job(CONFIG, inputs, place, scratch, Fallback("float16"))
         job.prepare(tmp_path / f"{name}-building", {"store_dtype": "float16"})
         model = load_source(inputs.model, "cpu", "float32")
         return job, ForwardPass(model, job.hooks, "float32", "float16")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mi_pipe.activations.forward import ForwardPass
-from mi_pipe.activations.hook_selection import select_hooks
+from mi_pipe.activations.hook_selection import array_layouts, at_lengths, select_hooks
 from mi_pipe.activations.plan import Batch
 from mi_pipe.activations.precision import pick_precision, round_weights
 from mi_pipe.core.errors import HookPointError
@@ -31,18 +31,102 @@ def model(request):
     return make_model(request.param)
 
 
+# What the field stores: every one of these is read from the plain model, at SDPA's speed but for patterns.
+KINDS = [
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "attn.hook_z",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "ln1.hook_normalized",
+    "ln2.hook_normalized",
+    "attn.hook_pattern",
+]
+
+
+def expected_rows(model, cache, name):
+    """A row is a token: of a pattern (batch, head, query, key) it is the query, with all heads and keys."""
+    value = cache[name].transpose(1, 2) if model.hooks[name].pattern_heads else cache[name]
+    return value.flatten(2).flatten(0, 1).numpy()
+
+
+def assert_equal(found, expected, name):
+    assert found.shape == expected.shape, name
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max(), name
+
+
+def test_every_kind_is_read_from_the_plain_model_and_equals_the_bridge_cache(model):
+    _, cache = model.bridge.run_with_cache(torch.from_numpy(TOKENS).long())
+    names = [f"blocks.1.{kind}" for kind in KINDS]
+    if model.info.parallel_attn_mlp:
+        names.remove("blocks.1.hook_resid_mid")
+    for group in (names, names[:-1], *([name] for name in names)):
+        forward = ForwardPass(model, group, "float32", "float32")
+        assert not forward.needs_bridge
+        found = forward.exact(TOKENS, ALL)
+        assert list(found) == group
+        for name, rows in found.items():
+            assert_equal(rows, expected_rows(model, cache, name), name)
+
+
 def test_every_hook_point_equals_the_bridge_cache_in_float32(model):
     _, cache = model.bridge.run_with_cache(torch.from_numpy(TOKENS).long())
-    names = [site.name for site in model.hooks if site.shape]
-    native = [name for name in names if model.hooks[name].module_path]
-    bridged = [name for name in names if not model.hooks[name].module_path]
-    assert len(native) > 30
-    for group, needs_bridge in ((native, False), (bridged, True), ([native[5], bridged[0]], True)):
-        forward = ForwardPass(model, group, "float32", "float32")
-        assert forward.needs_bridge == needs_bridge
+    names = [site.name for site in model.hooks if site.shape or site.pattern_heads]
+    native = [name for name in names if model.hooks[name].reading]
+    assert len(native) > 75
+    whole = ForwardPass(model, names, "float32", "float32")
+    assert whole.needs_bridge == (len(native) < len(names))
+    for name, rows in whole.exact(TOKENS, ALL).items():
+        assert_equal(rows, expected_rows(model, cache, name), name)
+
+
+def test_values_that_the_bridge_alone_has_come_beside_those_of_the_plain_model():
+    model = make_model("llama")
+    _, cache = model.bridge.run_with_cache(torch.from_numpy(TOKENS).long())
+    names = ["blocks.2.hook_resid_post", "blocks.1.attn.hook_rot_q", "model.layers.0.mlp.gate_proj"]
+    forward = ForwardPass(model, names, "float32", "float32")
+    assert forward.needs_bridge
+    found = forward.exact(TOKENS, ALL)
+    assert list(found) == names
+    for name, cached in zip(names, [*names[:2], "blocks.0.mlp.hook_pre"], strict=True):
+        assert_equal(found[name], expected_rows(model, cache, cached), name)
+
+
+def test_patterns_that_a_model_does_not_return_are_left_to_the_bridge(model):
+    names = ["blocks.0.hook_resid_post", "blocks.1.attn.hook_pattern"]
+    expected = ForwardPass(model, names, "float32", "float32").exact(TOKENS, ALL)
+    assert model.bridge, "made before the hooks below, which it would take over"
+    for i in range(model.info.n_layers):
+        attention = model.submodule(model.hooks[f"blocks.{i}.attn.hook_pattern"].derived.module_path)
+        attention.register_forward_hook(lambda _module, _args, output: (output[0], None))
+    forward = ForwardPass(model, names, "float32", "float32")
+    for _ in range(2):
         for name, rows in forward.exact(TOKENS, ALL).items():
-            expected = cache[name].flatten(2).flatten(0, 1).numpy()
-            assert np.abs(rows - expected).max() <= 1e-5 * np.abs(expected).max(), name
+            assert_equal(rows, expected[name], name)
+    assert forward.needs_bridge
+
+
+def test_module_paths_are_hook_points_of_the_plain_model(model):
+    path = model.hooks["blocks.1.hook_mlp_out"].module_path
+    names = [path, f"{path}.input"]
+    seen = {}
+    model.submodule(path).register_forward_hook(
+        lambda _module, args, output: seen.update(zip(names, (output, args[0]), strict=True))
+    )
+    found = ForwardPass(model, names, "float32", "float32").exact(TOKENS, ALL)
+    for name in names:
+        np.testing.assert_array_equal(found[name], seen[name].flatten(0, 1).numpy())
+        assert model.hooks[name].shape == seen[name].shape[2:]
+    sites = select_hooks([path.replace(".1.", ".*.")], model.hooks)
+    assert [site.name for site in sites] == [path.replace(".1.", f".{i}.") for i in range(model.info.n_layers)]
+    with pytest.raises(HookPointError, match=f"Did you mean .*{path}"):
+        select_hooks([f"{path}q"], model.hooks)
 
 
 def test_nothing_runs_after_the_last_value(model):
@@ -104,7 +188,19 @@ def test_patterns_mean_layers_and_wrong_names_are_refused(model):
     with pytest.raises(HookPointError, match="hook_resid_post"):
         select_hooks(["blocks.*.hook_resid_pots"], hooks)
     with pytest.raises(HookPointError, match="no value at each token"):
-        select_hooks(["blocks.0.attn.hook_pattern"], hooks)
+        select_hooks(["blocks.0.attn.hook_attn_scores"], hooks)
+
+
+def test_a_row_of_a_pattern_has_all_keys_so_prompts_have_one_length(model):
+    sites = select_hooks(["blocks.*.attn.hook_pattern", "blocks.0.hook_resid_post"], model.hooks)
+    shaped = at_lengths(sites, np.full(5, 9))
+    heads = model.info.n_heads
+    assert [site.shape for site in shaped] == [(heads, 9)] * model.info.n_layers + [(model.info.d_model,)]
+    layouts = array_layouts(shaped, model.info, "float16", 64)
+    assert (layouts[0].dimension, layouts[0].width) == ("head_key", heads * 9)
+    with pytest.raises(HookPointError, match="all prompts need the same length; these have 7 to 9 tokens"):
+        at_lengths(sites, np.array([9, 7]))
+    assert at_lengths(sites[-1:], np.array([9, 7])) == sites[-1:]
 
 
 def test_auto_is_mixed_just_where_bfloat16_products_are_fast():

@@ -215,7 +215,10 @@ def test_values_beyond_float16_are_refused_with_the_remedy_or_stored_as_bfloat16
     [
         ({"hooks": ["blocks.0.hook_resid_pots"]}, [8], 64, HookPointError, "hook_resid_post"),
         ({"hooks": ["blocks.9.hook_resid_post"]}, [8], 64, HookPointError, "layers 0 to 1"),
-        ({"hooks": ["blocks.0.attn.hook_pattern"]}, [8], 64, HookPointError, "no value at each token"),
+        ({"hooks": ["blocks.0.attn.hook_attn_scores"]}, [8], 64, HookPointError, "no value at each token"),
+        ({"hooks": ["blocks.0.attn.hook_pattern"]}, [8, 7], 64, HookPointError, "need the same length.* 7 to 8"),
+        ({"positions": "tokn == ' 7'"}, [8], 64, ConfigError, "Did you mean 'token'"),
+        ({"positions": "pos > 8"}, [8], 64, PromptError, "no token to store"),
         ({"shard_rows": 100}, [8], 64, ConfigError, "power of two"),
         ({}, [8, 70], 64, PromptError, "70 tokens; the model takes at most 64"),
         ({}, [8], 900, PromptError, "vocabulary ends at 63"),
