@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mi_pipe.core.atomic import write_bytes
+from mi_pipe.core.checksum import matches, matches_once
 from mi_pipe.core.destination import place_of
 from mi_pipe.core.errors import ArtifactDamagedError
 from mi_pipe.core.manifest import InputRef, Manifest, Scalar, damage_text, digest_of, read_manifest
@@ -13,8 +14,6 @@ from mi_pipe.core.place import LocalPlace, Place
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
-
-_BLOCK_BYTES = 1 << 22
 
 
 class Artifact:
@@ -65,16 +64,42 @@ class Artifact:
         return self.manifest.size_bytes
 
     def file(self, name: str) -> Path:
-        """Return the path of one file of the artifact; raises ArtifactDamagedError if it is not listed."""
+        """Return the path of one file of the artifact, compared with its checksum once a process.
+
+        Raises ArtifactDamagedError if it is not listed, missing, or differs. A file that lies in an object store is
+        fetched first. The comparison reads the whole file, at about 1 GB/s.
+        """
+        path, checksum = self.path / name, self._checksum(name)
+        if not path.exists() and not isinstance(self.place, LocalPlace):
+            self.check_file(name)
+            write_bytes(path, self.place.read(name))
+        if not matches_once(LocalPlace(self.path), name, checksum):
+            raise self._damaged(name, path.exists())
+        return path
+
+    def check_file(self, name: str) -> None:
+        """Compare one file with its checksum where it lies, once a process; raises ArtifactDamagedError."""
+        if not matches_once(self.place, name, self._checksum(name)):
+            raise self._damaged(name, self.place.size(name) is not None)
+
+    def zarr_group(self, folder: str) -> Any:
+        """Return a Zarr group of the artifact as a store for zarr-python and xarray in which damage raises."""
+        from mi_pipe.core.checked_zarr import checked_store
+
+        prefix = f"{folder}/"
+        names = (name for name in self.manifest.files if name.startswith(prefix))
+        checksums = {name.removeprefix(prefix): self.manifest.files[name].checksum for name in names}
+        return checked_store(self.place.within(folder), checksums, self.id)
+
+    def _checksum(self, name: str) -> str:
         if name not in self.manifest.files:
             raise ArtifactDamagedError(damage_text(self.id, f"it has no file {name}"))
-        path = self.path / name
-        if not path.exists() and not isinstance(self.place, LocalPlace):
-            write_bytes(path, self.place.read(name))
-            if not matches(LocalPlace(self.path), name, self.manifest.files[name].checksum):
-                path.unlink()
-                raise ArtifactDamagedError(damage_text(self.id, f"{name} of {self.place.url} is not what it was"))
-        return path
+        return self.manifest.files[name].checksum
+
+    def _damaged(self, name: str, exists: bool) -> ArtifactDamagedError:
+        return ArtifactDamagedError(
+            damage_text(self.id, f"{name} {'differs from its checksum' if exists else 'is missing'}")
+        )
 
     def read_table(self, name: str, columns: list[str] | None = None) -> "pd.DataFrame":
         """Read a Parquet table of the artifact, or some of its columns."""
@@ -118,26 +143,6 @@ class Artifact:
             for name, value in {"id": self.id, "size": format_size(self.size_bytes), **self.summary}.items()
         )
         return f"<table>{rows}</table>"
-
-
-def matches(place: Place, name: str, checksum: str) -> bool:
-    """Say whether a file exists and has the checksum (`crc32c:…` or `sha256:…`); reads all of it."""
-    import hashlib
-
-    import google_crc32c
-
-    algorithm, _, value = checksum.partition(":")
-    hasher = google_crc32c.Checksum() if algorithm == "crc32c" else hashlib.sha256()
-    try:
-        with place.open(name) as file:
-            block = bytearray(min(_BLOCK_BYTES, max(1, file.size)))
-            for start in range(0, file.size, len(block)):
-                n_read = file.read_into([memoryview(block)], start)
-                hasher.update(bytes(block[:n_read]))
-    except FileNotFoundError:
-        return False
-    found = hasher.hexdigest()
-    return (found if isinstance(found, str) else found.decode()) == value
 
 
 def _short(value: Scalar) -> str:

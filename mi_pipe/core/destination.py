@@ -5,14 +5,12 @@ so that the place is whole by itself (`mi_pipe.open(url)`). The local folder kee
 whose `execution.destination` says where the rest is.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from mi_pipe.core.atomic import json_bytes, write_bytes
 from mi_pipe.core.canonical import ID_DIGITS
 from mi_pipe.core.errors import ArtifactNotFoundError
-from mi_pipe.core.manifest import MANIFEST_NAME, Manifest
+from mi_pipe.core.manifest import MANIFEST_NAME, Manifest, parse_manifest, write_manifest
 from mi_pipe.core.place import LocalPlace, Place, open_place
 from mi_pipe.core.store import Store
 
@@ -52,7 +50,7 @@ def replicate(folder: Path, place: Place, manifest: Manifest) -> None:
 def fetch_manifest(url: str, store: Store) -> Path:
     """Return the folder that stands for a remote artifact on this machine, with its manifest in it.
 
-    Raises ArtifactNotFoundError if nothing is published at `url`.
+    Raises ArtifactNotFoundError if nothing is published at `url`, ArtifactDamagedError if the manifest was altered.
     """
     place = open_place(url)
     try:
@@ -60,8 +58,8 @@ def fetch_manifest(url: str, store: Store) -> Path:
     except FileNotFoundError as error:
         raise ArtifactNotFoundError(f"Nothing is published at {url}: there is no {MANIFEST_NAME}.") from error
     destination, _, name = url.rstrip("/").rsplit("/", 2)
-    manifest = json.loads(data)
-    execution = {**manifest["execution"], "destination": destination}
-    folder = store.root / ".remote" / manifest["digest"][:ID_DIGITS] / name
-    write_bytes(folder / MANIFEST_NAME, json_bytes({**manifest, "execution": execution}))
+    manifest = parse_manifest(data, name)
+    execution = {**manifest.execution, "destination": destination}
+    folder = store.root / ".remote" / manifest.digest[:ID_DIGITS] / name
+    write_manifest(folder, manifest.model_copy(update={"execution": execution}))
     return folder

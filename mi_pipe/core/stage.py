@@ -15,8 +15,9 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.config import Config
 from mi_pipe.core.errors import DiskSpaceError
+from mi_pipe.core.full_disk import told_if_full
 from mi_pipe.core.lock import exclusive_lock
-from mi_pipe.core.manifest import MANIFEST_NAME, InputRef, Scalar, artifact_id
+from mi_pipe.core.manifest import MANIFEST_NAME, InputRef, Scalar, Sources, artifact_id
 from mi_pipe.core.pool import Pool
 from mi_pipe.core.progress import Progress
 from mi_pipe.core.store import Store
@@ -38,6 +39,16 @@ class Identified(Protocol):
     @property
     def digest(self) -> str:
         """Hash of its content."""
+        ...
+
+
+@runtime_checkable
+class Sourced(Protocol):
+    """An input that lies outside the store and says how it was found there."""
+
+    @property
+    def source(self) -> dict[str, Scalar]:
+        """What finds it again."""
         ...
 
 
@@ -81,6 +92,11 @@ def input_refs(inputs: Any) -> dict[str, InputRef]:
     return {role: InputRef(id=value.id, digest=value.digest) for role, value in _by_role(inputs)}
 
 
+def input_sources(inputs: Any) -> Sources:
+    """Return how the inputs that are not artifacts of the store were found, by role."""
+    return {role: value.source for role, value in _by_role(inputs) if isinstance(value, Sourced)}
+
+
 def _by_role(inputs: Any) -> Iterator[tuple[str, Identified]]:
     for item in dataclasses.fields(inputs):
         value = getattr(inputs, item.name)
@@ -113,7 +129,8 @@ def execute(
     """Return the stage's artifact, made now unless it exists; workers of `pool` share the work where it can be.
 
     Raises ArtifactLockedError if another process is making it (or waits, if `wait`), ArtifactDamagedError
-    if it exists and is not whole, DiskSpaceError if the estimate does not fit, and what the stage raises.
+    if it exists and is not whole, DiskSpaceError if the estimate does not fit or the disk is full after all, and what
+    the stage raises.
     """
     started = time.monotonic()
     refs = input_refs(inputs)
@@ -125,13 +142,17 @@ def execute(
             return Result(found, "Cached", time.monotonic() - started)
         _drop_stale(store, name)
         check_disk(store.root, stage.estimate(config, inputs), name)
-        work = Workspace(name, store.folder(name), store.scratch(name), progress, pool)
-        try:
-            summary = stage.run(config, inputs, work)
-        except BaseException:
-            work.pause()
-            raise
-        work.publish(stage.name, stage.version, label, config.identity(), _execution(config), refs, summary)
+        made_of = (stage.name, stage.version, label, config.identity(), _execution(config), refs)
+        sources = input_sources(inputs)
+        with told_if_full(store.root, name):
+            work = Workspace(name, store.folder(name), store.scratch(name), progress, pool)
+            work.begin(*made_of, sources)
+            try:
+                summary = stage.run(config, inputs, work)
+            except BaseException:
+                work.pause()
+                raise
+            work.publish(*made_of, summary, sources)
         outcome: Outcome = "Resumed" if work.is_resumed else "Completed"
         return Result(Artifact(store.folder(name)), outcome, time.monotonic() - started)
 

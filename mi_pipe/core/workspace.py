@@ -4,6 +4,7 @@ Files go into the artifact's final folder under atomic writes; scratch (checkpoi
 apart and go at publishing. Nothing counts until `publish` has written the manifest.
 """
 
+import contextlib
 import datetime
 import hashlib
 import shutil
@@ -18,10 +19,12 @@ from mi_pipe.core.host import host_facts, package_versions
 from mi_pipe.core.ledger import Ledger
 from mi_pipe.core.manifest import (
     MANIFEST_NAME,
+    REQUEST_NAME,
     FileEntry,
     InputRef,
     Manifest,
     Scalar,
+    Sources,
     digest_of,
     write_manifest,
 )
@@ -115,7 +118,23 @@ class Workspace:
 
     def pause(self) -> None:
         """Record the seconds of this launch, when the stage ends early."""
-        self.ledger.add_elapsed(time.monotonic() - self._started)
+        # On a full disk the seconds are lost, and the error that ended the stage is not.
+        with contextlib.suppress(OSError):
+            self.ledger.add_elapsed(time.monotonic() - self._started)
+
+    def begin(
+        self,
+        stage: str,
+        stage_version: int,
+        label: str,
+        config: dict[str, Any],
+        execution: dict[str, Any],
+        inputs: dict[str, InputRef],
+        sources: Sources,
+    ) -> None:
+        """Note what is being made, as a manifest without files, so that anyone can go on with it or look at it."""
+        made_of = self._manifest(stage, stage_version, label, config, execution, inputs, sources, {}, {})
+        atomic.write_bytes(self.scratch / REQUEST_NAME, made_of.to_json())
 
     def publish(
         self,
@@ -126,26 +145,12 @@ class Workspace:
         execution: dict[str, Any],
         inputs: dict[str, InputRef],
         summary: dict[str, Scalar],
+        sources: Sources | None = None,
     ) -> Manifest:
         """Write the manifest, make the files read-only and remove the scratch space."""
         files = {name: self._entry(name) for name in self._file_names()}
-        manifest = Manifest(
-            id=self.id,
-            stage=stage,
-            stage_version=stage_version,
-            label=label,
-            config=config,
-            execution=execution,
-            inputs=inputs,
-            files=files,
-            digest=digest_of(files),
-            summary=summary,
-            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            elapsed_s=round(self.ledger.elapsed_s + time.monotonic() - self._started, 3),
-            n_launches=self.n_launches,
-            host=host_facts(),
-            versions=package_versions(),
-        )
+        made_of = (stage, stage_version, label, config, execution, inputs, sources or {})
+        manifest = self._manifest(*made_of, files, summary)
         if self._remote is not None:
             replicate(self.folder, self._remote, manifest)
         for name in files:
@@ -157,6 +162,37 @@ class Workspace:
             for key in list(self._remote_scratch.keys()):
                 self._remote_scratch.remove(key)
         return manifest
+
+    def _manifest(
+        self,
+        stage: str,
+        stage_version: int,
+        label: str,
+        config: dict[str, Any],
+        execution: dict[str, Any],
+        inputs: dict[str, InputRef],
+        sources: Sources,
+        files: dict[str, FileEntry],
+        summary: dict[str, Scalar],
+    ) -> Manifest:
+        return Manifest(
+            id=self.id,
+            stage=stage,
+            stage_version=stage_version,
+            label=label,
+            config=config,
+            execution=execution,
+            inputs=inputs,
+            sources=sources,
+            files=files,
+            digest=digest_of(files),
+            summary=summary,
+            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            elapsed_s=round(self.ledger.elapsed_s + time.monotonic() - self._started, 3),
+            n_launches=self.n_launches,
+            host=host_facts(),
+            versions=package_versions(),
+        )
 
     def _file_names(self) -> list[str]:
         """Return the files of the artifact: those of its folder, and those already at its destination."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mi_pipe.core.atomic import write_json
 from mi_pipe.core.canonical import content_hash, file_sha256
 from mi_pipe.core.errors import ModelError, near_names
+from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.store import Store
 from mi_pipe.models.device import DType
 from mi_pipe.models.pulled import PULLABLE
@@ -39,6 +40,16 @@ class ModelHandle:
     def id(self) -> str:
         """`model-<hex>`: the same content has the same id wherever it lies."""
         return f"model-{self.digest[:_ID_DIGITS]}"
+
+    @property
+    def source(self) -> dict[str, Scalar]:
+        """Arguments of `resolve_model` that find it again, noted in the manifests of what is made from it."""
+        return {
+            "name": self.name if self.kind == "hub" or self.name in PULLABLE else self.location,
+            "dtype": self.dtype,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
 
 def resolve_model(

@@ -1,6 +1,5 @@
 """A stage is run once, continued after a kill, refused to two writers, and never taken for done when it is not."""
 
-import json
 import os
 import random
 import shutil
@@ -16,6 +15,7 @@ from mi_pipe.core.canonical import file_sha256
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import ArtifactDamagedError, ArtifactIncompleteError, ArtifactLockedError, DiskSpaceError
 from mi_pipe.core.lock import exclusive_lock
+from mi_pipe.core.manifest import write_manifest
 from mi_pipe.core.stage import Estimate, check_disk, execute, stage_id
 from mi_pipe.opening import open_artifact
 from tests.core.counting_stage import STAGE, CountingConfig, Inputs
@@ -119,9 +119,7 @@ def test_an_unreadable_manifest_is_damage_not_absence(store):
 def test_an_input_made_anew_with_other_bytes_makes_the_result_stale(store):
     before = execute(STAGE, CountingConfig(n=2), Inputs(), store).artifact
     result = execute(STAGE, CountingConfig(n=3), Inputs(before), store)
-    manifest = json.loads((before.path / "manifest.json").read_text())
-    manifest["digest"] = "0" * 64
-    (before.path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(before.path, before.manifest.model_copy(update={"digest": "0" * 64}))
     again = execute(STAGE, CountingConfig(n=3), Inputs(open_artifact(before.id, store)), store)
     assert (result.outcome, again.outcome) == ("Completed", "Completed")
     assert again.artifact.inputs["before"].digest == "0" * 64

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import mi_pipe
+from mi_pipe.core.canonical import file_sha256
 from mi_pipe.core.errors import ArtifactDamagedError, ArtifactNotFoundError, ConfigError, HookPointError
+from mi_pipe.core.manifest import FileEntry, write_manifest
 from mi_pipe.core.stage import Result, execute
 from mi_pipe.core.store import Store
 from mi_pipe.models.source import load_source
@@ -198,10 +200,16 @@ def test_weights_that_do_not_reproduce_the_probe_are_refused(result, tmp_path):
 
     folder = tmp_path / "copy"
     shutil.copytree(result.artifact.path, folder)
-    path = folder / "saes" / NAMES[0] / "weights.safetensors"
+    name = f"saes/{NAMES[0]}/weights.safetensors"
+    path = folder / name
     tensors = load_file(path)
     tensors["W_dec"] = tensors["W_dec"].flip(0).contiguous()
     path.chmod(0o644)
     save_file(tensors, path)
+    with pytest.raises(ArtifactDamagedError, match="differs from its checksum"):
+        SAESet(folder)[NAMES[0]]
+    manifest = result.artifact.manifest
+    entry = FileEntry(size_bytes=path.stat().st_size, checksum=f"sha256:{file_sha256(path)}")
+    write_manifest(folder, manifest.model_copy(update={"files": {**manifest.files, name: entry}}))
     with pytest.raises(ArtifactDamagedError, match="does not reproduce its probe"):
         SAESet(folder)[NAMES[0]]
