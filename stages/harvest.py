@@ -129,7 +129,7 @@ def _harvest(
         else:
             del model
             _fill_in_pool(Share(config, inputs, job.place.url, job.scratch.url, fallback), job, work, todo)
-    return _finish(job, config, inputs, work)
+    return _finish(job, config, inputs, work, fallback)
 
 
 def make_job(config: HarvestConfig, inputs: Inputs, place: Place, scratch: Place, fallback: Fallback) -> HarvestJob:
@@ -275,7 +275,9 @@ def _fill_in_pool(share: Share, job: HarvestJob, work: Workspace, todo: list[int
         work.progress.update(n_rows, layout.n_rows, "rows")
 
 
-def _finish(job: HarvestJob, config: HarvestConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
+def _finish(
+    job: HarvestJob, config: HarvestConfig, inputs: Inputs, work: Workspace, fallback: Fallback
+) -> dict[str, Scalar]:
     """Write statistics and tables, hand over the shards' checksums, and return the main figures."""
     plan = job.plan
     _list_files(job, work)
@@ -293,6 +295,7 @@ def _finish(job: HarvestJob, config: HarvestConfig, inputs: Inputs, work: Worksp
         "n_shards": plan.layout.n_shards,
         "precision": errors["precision"],
         "store_dtype": errors["store_dtype"],
+        "halvings": fallback.halvings,
         "n_massive": max(item.statistics.n_massive for item in found.values()),
         "fvu_added": max(error["fvu_added"] for error in errors["hooks"].values()),
     }

@@ -31,6 +31,9 @@ class BatchTooLargeError(StageError):
 class RowSource(Protocol):
     """What computes the rows of a plan's batches."""
 
+    n_ahead: int
+    """How many batches are worth starting before the rows of one are there."""
+
     def start(self, batch: Batch) -> PendingRows:
         """Begin a batch; raises BatchTooLargeError."""
         ...
@@ -48,6 +51,7 @@ class ForwardPass:
         readings = {name: model.hooks[name].reading for name in hooks}
         self._plain: dict[str, Reading] = {name: found for name, found in readings.items() if found is not None}
         self._bridged = [name for name in hooks if name not in self._plain]
+        self.n_ahead = int(model.device.type == "cuda")
         self._with_patterns = any(reading.side == "pattern" for reading in self._plain.values())
 
     @property
@@ -57,8 +61,7 @@ class ForwardPass:
 
     def start(self, batch: Batch) -> PendingRows:
         """Begin a batch of the plan; its rows come in the storage dtype. Raises BatchTooLargeError."""
-        with _within_memory(batch.tokens):
-            return self._run(batch.tokens, batch.kept, self._dtype)
+        return self._run(batch.tokens, batch.kept, self._dtype)
 
     def rows(self, batch: Batch) -> dict[str, Shaped[np.ndarray, "row width"]]:
         """Run one batch and return the kept rows of each hook point as they are to be stored."""
@@ -82,7 +85,7 @@ class ForwardPass:
         device = self._model.device
         collector = Collector(self.hooks, list(self._plain), kept, dtype, device)
         ids = torch.from_numpy(tokens.astype(np.int64))
-        with torch.inference_mode(), computing(self._precision, device):
+        with _within_memory(tokens), torch.inference_mode(), computing(self._precision, device):
             ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
             if self._plain:
                 self._run_plain(ids, collector)

@@ -1,11 +1,17 @@
-"""The harvest's loop: shards in order, each filled from the batches that have rows in it."""
+"""The harvest's loop: shards in order, each filled from the batches that have rows in it.
 
-from collections.abc import Callable, Container
+On a GPU the next batch is started before the rows of the last are waited for, so that the device computes while the
+host copies.
+"""
+
+from collections import deque
+from collections.abc import Callable, Container, Iterator
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from mi_pipe.activations.forward import ForwardPass
+from mi_pipe.activations.collecting import PendingRows
+from mi_pipe.activations.forward import RowSource
 from mi_pipe.activations.plan import HarvestPlan
 from mi_pipe.activations.writer import Buffers, ShardWriter
 
@@ -14,7 +20,7 @@ BatchRows = tuple[Int[np.ndarray, " row"], dict[str, Shaped[np.ndarray, "row wid
 
 def harvest_shards(
     plan: HarvestPlan,
-    forward: ForwardPass,
+    source: RowSource,
     writer: ShardWriter,
     done: Container[int],
     on_rows: Callable[[int], None],
@@ -26,6 +32,7 @@ def harvest_shards(
     """
     carried: dict[int, BatchRows] = {}
     n_rows, n_run = 0, 0
+    results = _results(plan, source, _run_order(plan, done))
     for shard in range(plan.layout.n_shards):
         start, stop = plan.layout.bounds(shard)
         if shard in done:
@@ -34,16 +41,39 @@ def harvest_shards(
         buffers = writer.buffers()
         for number in plan.batches_of(shard):
             if number not in carried:
-                batch = plan.batch(number)
-                carried[number] = (batch.rows, forward.rows(batch))
+                carried[number] = next(results)
                 n_run += 1
             n_rows += _fill(buffers, carried[number], start, stop)
-            if plan.last_shard(number) == shard:
+            if not _is_needed_after(plan, number, shard, done):
                 del carried[number]
             on_rows(n_rows)
         writer.submit(shard, buffers)
-        carried = {number: rows for number, rows in carried.items() if _is_next_needed(plan, number, shard, done)}
     return n_run
+
+
+def _run_order(plan: HarvestPlan, done: Container[int]) -> Iterator[int]:
+    """Yield the batches in the order in which they are first needed, those again that are no longer carried."""
+    carried: set[int] = set()
+    for shard in range(plan.layout.n_shards):
+        if shard in done:
+            continue
+        for number in plan.batches_of(shard):
+            if number not in carried:
+                yield number
+            (carried.add if _is_needed_after(plan, number, shard, done) else carried.discard)(number)
+
+
+def _results(plan: HarvestPlan, source: RowSource, numbers: Iterator[int]) -> Iterator[BatchRows]:
+    """Run batches, `source.n_ahead` of them started before the rows of one are waited for."""
+    started: deque[tuple[Int[np.ndarray, " row"], PendingRows]] = deque()
+    for number in numbers:
+        batch = plan.batch(number)
+        started.append((batch.rows, source.start(batch)))
+        if len(started) > source.n_ahead:
+            rows, pending = started.popleft()
+            yield rows, pending.result()
+    for rows, pending in started:
+        yield rows, pending.result()
 
 
 def _fill(buffers: Buffers, batch: BatchRows, start: int, stop: int) -> int:
@@ -55,5 +85,5 @@ def _fill(buffers: Buffers, batch: BatchRows, start: int, stop: int) -> int:
     return int(last - first)
 
 
-def _is_next_needed(plan: HarvestPlan, number: int, shard: int, done: Container[int]) -> bool:
+def _is_needed_after(plan: HarvestPlan, number: int, shard: int, done: Container[int]) -> bool:
     return any(later not in done for later in range(shard + 1, plan.last_shard(number) + 1))

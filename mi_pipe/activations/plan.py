@@ -21,6 +21,7 @@ from mi_pipe.core.canonical import content_hash
 
 BATCH_RULE = 2
 """Counted up when other prompts are put together than before, so that no harvest goes on in the middle."""
+_SAMPLE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class HarvestPlan:
         assert layout.n_rows == tokens.n_rows, "the layout is for these tokens"
         self.tokens = tokens
         self.layout = layout
+        self._sample_tokens = min(_SAMPLE_TOKENS, batching.batch_tokens >> batching.halvings)
         self._batches = form_batches(tokens.lengths, tokens.row_offsets, layout.shard_rows, batching)
         self._shards = [self._shards_of(prompts) for prompts in self._batches]
         self._by_shard: list[list[int]] = [[] for _ in range(layout.n_shards)]
@@ -118,17 +120,15 @@ class HarvestPlan:
         rows = np.concatenate([np.arange(a, b) for a, b in zip(first, stop, strict=True)])
         return Batch(number, self.tokens.ids[at], self.tokens.kept[at] & is_token, rows)
 
-    def sample(
-        self, n_prompts: int, batch_tokens: int
-    ) -> Iterator[tuple[Int[np.ndarray, "b pos"], Bool[np.ndarray, "b pos"]]]:
-        """Yield batches of prompts spread evenly over the set, and what of them is kept, for measuring."""
+    def sample(self, n_prompts: int) -> Iterator[tuple[Int[np.ndarray, "b pos"], Bool[np.ndarray, "b pos"]]]:
+        """Yield exact batches of prompts spread evenly over the set, and what of them is kept, for measuring."""
         have_rows = np.flatnonzero(np.diff(self.tokens.row_offsets))
         spread = np.linspace(0, len(have_rows) - 1, min(n_prompts, len(have_rows))).astype(np.int64)
         prompts = have_rows[spread]
         lengths = self.tokens.lengths[prompts]
         for length in np.unique(lengths):
             same = prompts[lengths == length]
-            size = max(1, batch_tokens // int(length))
+            size = max(1, self._sample_tokens // int(length))
             for start in range(0, len(same), size):
                 at = self.tokens.offsets[same[start : start + size]][:, None] + np.arange(length)
                 yield self.tokens.ids[at], self.tokens.kept[at]

@@ -12,8 +12,6 @@ from mi_pipe.activations.storage_dtype import StoreDType, decode
 from mi_pipe.activations.writer import StorageOverflowError
 from mi_pipe.models.model import Model
 
-_BATCH_TOKENS = 4096
-
 Rows = dict[str, Shaped[np.ndarray, "row width"]]
 
 
@@ -32,7 +30,7 @@ def measure_precision(
     StorageOverflowError if a value of the sample does not fit the storage dtype.
     """
     names = [array.name for array in plan.layout.arrays]
-    batches = list(plan.sample(n_prompts, _BATCH_TOKENS))
+    batches = list(plan.sample(n_prompts))
     exact = ForwardPass(model, names, "float32", "float32")
     references = [exact.exact(tokens, kept) for tokens, kept in batches]
     round_weights()

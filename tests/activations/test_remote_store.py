@@ -78,15 +78,15 @@ def test_interrupted_and_through_a_bad_network_it_ends_with_the_same_digest(
     store, budget = Store(tmp_path / "elsewhere"), [9]
     from mi_pipe.activations.forward import ForwardPass
 
-    original = ForwardPass.rows
+    original = ForwardPass.start
 
-    def rows_within_budget(self, batch):
+    def start_within_budget(self, batch):
         budget[0] -= 1
         if budget[0] == 0:
             raise KeyboardInterrupt
         return original(self, batch)
 
-    monkeypatch.setattr(ForwardPass, "rows", rows_within_budget)
+    monkeypatch.setattr(ForwardPass, "start", start_within_budget)
     with pytest.raises(KeyboardInterrupt):
         harvest_toy(store, LENGTHS, destination=url)
     remote = harvest_toy(store, LENGTHS, destination=url)

@@ -68,15 +68,15 @@ class _Stop(Exception):
 
 def test_stopped_after_any_number_of_batches_it_ends_with_the_same_bytes(tmp_path, monkeypatch):
     whole = tree_hashes(harvest_toy(Store(tmp_path / "whole"), LENGTHS))
-    original, budget = ForwardPass.rows, [0]
+    original, budget = ForwardPass.start, [0]
 
-    def rows_within_budget(self, batch):
+    def start_within_budget(self, batch):
         budget[0] -= 1
         if budget[0] < 0:
             raise _Stop
         return original(self, batch)
 
-    monkeypatch.setattr(ForwardPass, "rows", rows_within_budget)
+    monkeypatch.setattr(ForwardPass, "start", start_within_budget)
     n_launches, store = 0, Store(tmp_path / "stopped")
     while True:
         n_launches += 1
