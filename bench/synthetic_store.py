@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -18,11 +19,12 @@ from mi_pipe.activations.batches import Batching
 from mi_pipe.activations.filling import HarvestJob
 from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout, chunk_rows_for, shard_rows_for
-from mi_pipe.activations.plan import Batch, HarvestPlan, Tokens
+from mi_pipe.activations.plan import HarvestPlan, Tokens
 from mi_pipe.activations.row_table import TOKENS_FILE, row_table
-from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
+from mi_pipe.activations.storage_dtype import numpy_dtype
 from mi_pipe.activations.store import PROMPTS_FILE, STATISTICS_FILE, ActivationStore
 from mi_pipe.activations.totals import totals
+from mi_pipe.activations.writer import ShardWriter
 from mi_pipe.core.config import Config
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage, execute
@@ -40,7 +42,7 @@ class SyntheticConfig(Config):
     n_prompts: int
     n_ctx: int
     width: int
-    store_dtype: StoreDType = "float16"
+    store_dtype: Literal["float16", "float32"] = "float16"
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,21 @@ class NoInputs:
     """Nothing is read."""
 
 
-class SyntheticForward:
-    """Stands in for a model: the values of any batch, at the speed of a copy."""
-
-    def __init__(self, width: int, store_dtype: StoreDType) -> None:
-        base = np.random.default_rng(0).standard_normal((_N_BASE_ROWS, width), np.float32)
-        self._base = base.astype(numpy_dtype(store_dtype))
-
-    def rows(self, batch: Batch) -> dict[str, Shaped[np.ndarray, "row width"]]:
-        values = np.take(self._base, batch.rows % _N_BASE_ROWS, axis=0)
-        values[:, 0], values[:, 1] = batch.rows % _RADIX, batch.rows // _RADIX
-        return {HOOK: values}
+def _fill(job: HarvestJob, config: SyntheticConfig) -> None:
+    """Write every shard."""
+    layout = job.plan.layout
+    base = np.random.default_rng(0).standard_normal((_N_BASE_ROWS, config.width), np.float32)
+    base = base.astype(numpy_dtype(config.store_dtype))
+    with ShardWriter(job.place, job.scratch, layout, job.plan.hash, lambda _: None) as writer:
+        for shard in range(layout.n_shards):
+            buffers = writer.buffers()
+            start, stop = layout.bounds(shard)
+            for first in range(start, stop, _N_BASE_ROWS):
+                rows = np.arange(first, min(stop, first + _N_BASE_ROWS))
+                values = base[: len(rows)].copy()
+                values[:, 0], values[:, 1] = rows % _RADIX, rows // _RADIX
+                buffers[HOOK].put(rows - start, values)
+            writer.submit(shard, buffers)
 
 
 def row_numbers(values: Shaped[np.ndarray, "row width"]) -> Int[np.ndarray, " row"]:
@@ -70,8 +76,7 @@ def _run(config: SyntheticConfig, _: NoInputs, work: Workspace) -> dict[str, Sca
     job = HarvestJob(_plan(config), work.place_at(None), work.scratch_at(None))
     attributes = {"model": "none", "prompts": "none", "store_dtype": config.store_dtype}
     job.prepare(work.scratch / "group", attributes)
-    forward = SyntheticForward(config.width, config.store_dtype)
-    job.fill(forward, range(job.plan.layout.n_shards))  # pyright: ignore[reportArgumentType]
+    _fill(job, config)
     for commit in job.commits().values():
         for key, (size_bytes, checksum) in commit.files.items():
             work.checksum(f"{GROUP_NAME}/{key}", f"crc32c:{checksum}", size_bytes)
