@@ -69,13 +69,14 @@ class _TokenSums:
         values: Float[np.ndarray, "row width"],
         centre: Float[np.ndarray, " width"],
     ) -> None:
-        """Add rows that are not massive."""
-        norms = np.linalg.norm(values, axis=1)
+        """Add rows that are not massive; `values` is overwritten."""
+        norms = _norms(values)
+        np.subtract(values, centre, out=values)
         np.add.at(self._sums["n"], token_id, 1)
         np.add.at(self._sums["norm"], token_id, norms)
         np.add.at(self._sums["square"], token_id, norms**2)
         np.maximum.at(self._sums["largest"], token_id, norms)
-        np.add.at(self._sums["distance"], token_id, np.linalg.norm(values - centre, axis=1))
+        np.add.at(self._sums["distance"], token_id, _norms(values))
 
     def table(self) -> pd.DataFrame:
         """Return the figures of the tokens that occur."""
@@ -96,6 +97,10 @@ class _TokenSums:
             index=pd.Index(ids, name="token_id"),
         )
         return table.sort_values("n_rows", ascending=False, kind="stable")
+
+
+def _norms(values: Float[np.ndarray, "row width"]) -> Float[np.ndarray, " row"]:
+    return np.sqrt(np.einsum("ij,ij->i", values, values))
 
 
 def mean(store: "ActivationStore", hook: str, where: str | None) -> Float[np.ndarray, " width"]:

@@ -84,6 +84,21 @@ class _Numpy:
         return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
+class _FileRows:
+    """A `.npy` array in C order, whose rows are read; mapped, each page would stay in memory once it was touched."""
+
+    def __init__(self, path: Path, mapped: np.memmap) -> None:
+        self.shape, self.dtype = mapped.shape, mapped.dtype
+        self._path = path
+        self._offset = mapped.offset
+        self._row_items = int(np.prod(mapped.shape[1:]))
+
+    def __getitem__(self, rows: slice) -> Shaped[np.ndarray, "row *rest"]:
+        offset = self._offset + rows.start * self._row_items * self.dtype.itemsize
+        count = (rows.stop - rows.start) * self._row_items
+        return np.fromfile(self._path, self.dtype, count, offset=offset).reshape(-1, *self.shape[1:])
+
+
 class _Safetensors:
     """A tensor of a safetensors file."""
 
@@ -105,7 +120,7 @@ def _open_npy(path: Path) -> dict[str, DumpArray]:
         if file.read(len(_NPY_MAGIC)) != _NPY_MAGIC:
             raise ValueError("it does not begin as one")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return {"": _Numpy(str(path), array)}
+    return {"": _Numpy(str(path), _FileRows(path, array) if array.flags.c_contiguous else array)}
 
 
 def _open_safetensors(path: Path) -> dict[str, DumpArray]:

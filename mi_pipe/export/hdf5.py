@@ -11,7 +11,7 @@ checksums, which HDF5 compares when it reads. The same store gives the same byte
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from mi_pipe.activations.row_table import TOKENS_FILE
 from mi_pipe.activations.storage_dtype import fill_value, numpy_dtype
 from mi_pipe.activations.store import PROMPTS_FILE
 from mi_pipe.core.progress import Progress
+from mi_pipe.export.hdf5_file import new_hdf5
 from mi_pipe.export.hdf5_table import dataset, labelled, write_table
 from mi_pipe.export.target import new_target
 
@@ -50,14 +51,17 @@ def export_hdf5(
     """
     chosen = list(store.hooks if hooks is None else hooks)
     size = sum(store.array(hook).layout.row_bytes for hook in chosen) + _TABLE_BYTES_A_ROW
-    with new_target(path, store.n_rows * size) as temp, h5py.File(temp, "w") as file:
+    reported = progress or Progress()
+    with new_target(path, store.n_rows * size) as temp, new_hdf5(temp) as (file, check_disk):
         file.attrs.update(_attributes(store, chosen))
         for name, parquet in ((TOKENS, TOKENS_FILE), (PROMPTS, PROMPTS_FILE)):
             with pq.ParquetFile(store.file(parquet)) as table:
                 write_table(file, name, table)
         dataset(file, PROMPT_OFFSET, store.prompt_offset)
         _write_statistics(file, store, chosen)
-        _write_activations(file, store, chosen, progress or Progress())
+        for stop in _write_activations(file, store, chosen):
+            check_disk()
+            reported.update(stop, store.n_rows, "rows")
     return path
 
 
@@ -90,7 +94,8 @@ def _write_statistics(file: h5py.File, store: "ActivationStore", hooks: list[str
             group.create_dataset(name.removeprefix(f"{hook}."), data=value.numpy())
 
 
-def _write_activations(file: h5py.File, store: "ActivationStore", hooks: list[str], progress: Progress) -> None:
+def _write_activations(file: h5py.File, store: "ActivationStore", hooks: list[str]) -> Iterator[int]:
+    """Copy shard by shard; yield the number of rows that are in the file."""
     group = file.create_group(ACTIVATIONS)
     targets = {hook: _create(group, store, hook) for hook in hooks}
     for start in range(0, store.n_rows, store.shard_rows):
@@ -100,7 +105,7 @@ def _write_activations(file: h5py.File, store: "ActivationStore", hooks: list[st
             for first in range(start, stop, array.layout.chunk_rows):
                 last = min(stop, first + array.layout.chunk_rows)
                 target[first:last] = array.read(first, last)
-        progress.update(stop, store.n_rows, "rows")
+        yield stop
 
 
 def _create(group: h5py.Group, store: "ActivationStore", hook: str) -> h5py.Dataset:

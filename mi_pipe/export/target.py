@@ -17,6 +17,7 @@ from mi_pipe.core.atomic import TEMP_SUFFIX, fsync_folder
 from mi_pipe.core.errors import ConfigError, DiskSpaceError
 
 _DISK_MARGIN = 1.02
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def new_target(path: Path, size_bytes: int) -> Generator[Path]:
         temp.rename(path)
         fsync_folder(path.parent)
     except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
+        if error.errno in _FULL:
             raise DiskSpaceError(_too_small(path, size_bytes)) from error
         raise
     finally:

@@ -1,7 +1,9 @@
 """An activation store as HDF5 and back: h5py reads it without mi_pipe, and every bit comes back."""
 
+import gc
 import hashlib
 import json
+import resource
 import shutil
 
 import h5py
@@ -16,6 +18,7 @@ from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
 from mi_pipe.export.hdf5 import export_hdf5
 from mi_pipe.export.hdf5_table import read_table, write_table
+from mi_pipe.export.saelens import export_saelens
 from stages import import_activations
 from stages.import_activations import ImportConfig, Inputs
 from tests.activations.harvests import HEADS, RESIDUAL, harvest_toy, tree_hashes
@@ -112,6 +115,23 @@ def test_nothing_is_replaced_and_nothing_half_written_is_left(acts, tmp_path, mo
     with pytest.raises(DiskSpaceError, match=r"acts\.h5 takes"):
         export_hdf5(acts, tmp_path / "acts.h5")
     assert [path.name for path in tmp_path.iterdir()] == ["here.h5"]
+
+
+@pytest.mark.parametrize("export", [export_hdf5, export_saelens])
+@pytest.mark.parametrize("limit", [3_000, 60_000, 150_000])
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(export, limit, tmp_path):
+    """A limit on the size of files stands for the disk: the kernel refuses the write that goes beyond it."""
+    acts = harvest_toy(Store(tmp_path / "store"), [40] * 32, store_dtype="float32")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(DiskSpaceError, match="Free space"):
+            export(acts, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    export(acts, tmp_path / "out")
 
 
 def test_a_damaged_shard_stops_the_export(tmp_path):
