@@ -14,6 +14,7 @@ VIEWS = {
     "train_model": "mi_pipe.models.trained:TrainedModel",
     "generate_prompts": "mi_pipe.prompts.prompt_set:PromptSet",
     "harvest": "mi_pipe.activations.store:ActivationStore",
+    "capture": "mi_pipe.activations.store:ActivationStore",
     "import_activations": "mi_pipe.activations.store:ActivationStore",
     "train_saes": "mi_pipe.saes.sae_set:SAESet",
     "score_features": "mi_pipe.features.feature_set:FeatureSet",

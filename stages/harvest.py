@@ -16,8 +16,8 @@ from pydantic import Field
 from mi_pipe.activations.batches import Batching, batch_tokens_for
 from mi_pipe.activations.fallback import Fallback
 from mi_pipe.activations.filling import HarvestJob
+from mi_pipe.activations.finishing import finish_store
 from mi_pipe.activations.forward import BatchTooLargeError, ForwardPass
-from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.hook_selection import array_layouts, at_lengths, check_shard_rows, select_hooks
 from mi_pipe.activations.layout import StoreLayout, shard_rows_for
 from mi_pipe.activations.plan import HarvestPlan, Tokens
@@ -26,8 +26,7 @@ from mi_pipe.activations.precision import Precision, PrecisionChoice, pick_preci
 from mi_pipe.activations.precision_sample import measure_precision
 from mi_pipe.activations.row_table import TOKENS_FILE, row_table
 from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
-from mi_pipe.activations.store import PRECISION_FILE, PROMPTS_FILE, STATISTICS_FILE
-from mi_pipe.activations.totals import totals
+from mi_pipe.activations.store import PRECISION_FILE, PROMPTS_FILE
 from mi_pipe.activations.writer import StorageOverflowError
 from mi_pipe.core.atomic import write_bytes
 from mi_pipe.core.config import Config, Execution
@@ -278,36 +277,29 @@ def _fill_in_pool(share: Share, job: HarvestJob, work: Workspace, todo: list[int
 def _finish(
     job: HarvestJob, config: HarvestConfig, inputs: Inputs, work: Workspace, fallback: Fallback
 ) -> dict[str, Scalar]:
-    """Write statistics and tables, hand over the shards' checksums, and return the main figures."""
-    plan = job.plan
-    _list_files(job, work)
-    found = totals(job.place.within(GROUP_NAME), job.scratch, plan.layout, config.massive_factor)
-    tensors = {key: value for name, item in found.items() for key, value in item.statistics.to_tensors(name).items()}
-    work.write_tensors(STATISTICS_FILE, tensors)
+    """Write statistics and tables, and return the main figures."""
+    plan, commits = job.plan, job.commits()
+    assert len(commits) == plan.layout.n_shards, "every shard is written and committed by now"
     texts = pd.Series(inputs.prompts.token_table()["text"])
-    work.write_table(TOKENS_FILE, row_table(plan.tokens, texts, {name: item.massive for name, item in found.items()}))
+    figures = finish_store(
+        work,
+        job.place,
+        job.scratch,
+        plan.layout,
+        commits.values(),
+        config.massive_factor,
+        lambda massive: row_table(plan.tokens, texts, massive),
+    )
     write_bytes(work.path(PROMPTS_FILE), inputs.prompts.file(PROMPTS_FILE).read_bytes())
     errors = json.loads(work.path(PRECISION_FILE).read_bytes())
     return {
-        "n_rows": plan.layout.n_rows,
+        **figures,
         "n_prompts": plan.tokens.n_prompts,
-        "n_hooks": len(found),
-        "n_shards": plan.layout.n_shards,
         "precision": errors["precision"],
         "store_dtype": errors["store_dtype"],
         "halvings": fallback.halvings,
-        "n_massive": max(item.statistics.n_massive for item in found.values()),
         "fvu_added": max(error["fvu_added"] for error in errors["hooks"].values()),
     }
-
-
-def _list_files(job: HarvestJob, work: Workspace) -> None:
-    """Tell the workspace of the files that lie at the job's place, with the checksums they were written with."""
-    commits = job.commits()
-    assert len(commits) == job.plan.layout.n_shards, "every shard is written and committed by now"
-    for commit in commits.values():
-        for key, (size_bytes, checksum) in commit.files.items():
-            work.checksum(f"{GROUP_NAME}/{key}", f"crc32c:{checksum}", size_bytes)
 
 
 STAGE = Stage(name="harvest", version=1, config=HarvestConfig, inputs=Inputs, run=run, estimate=estimate)

@@ -11,12 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mi_pipe.activations.group import GROUP_NAME
+from mi_pipe.activations.finishing import finish_store
 from mi_pipe.activations.hook_selection import check_shard_rows
-from mi_pipe.activations.row_table import TOKENS_FILE
 from mi_pipe.activations.storage_dtype import StoreDType
-from mi_pipe.activations.store import PRECISION_FILE, PROMPTS_FILE, STATISTICS_FILE
-from mi_pipe.activations.totals import totals
+from mi_pipe.activations.store import PRECISION_FILE, PROMPTS_FILE
 from mi_pipe.core.canonical import file_sha256
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import ConfigError, StageError
@@ -134,24 +132,19 @@ def _massive_factor(config: ImportConfig, source: Source) -> float:
 def _finish(job: ImportJob, config: ImportConfig, work: Workspace) -> dict[str, Scalar]:
     """Write statistics and tables, hand over the shards' checksums, and return the main figures."""
     source, origin = job.source, job.source.origin
-    for commit in job.commits().values():
-        for key, (size_bytes, checksum) in commit.files.items():
-            work.checksum(f"{GROUP_NAME}/{key}", f"crc32c:{checksum}", size_bytes)
-    found = totals(job.place.within(GROUP_NAME), job.scratch, job.layout, _massive_factor(config, source))
-    tensors = {key: value for name, item in found.items() for key, value in item.statistics.to_tensors(name).items()}
-    work.write_tensors(STATISTICS_FILE, tensors)
-    work.write_table(TOKENS_FILE, source.labels.table({name: item.massive for name, item in found.items()}))
+    figures = finish_store(
+        work,
+        job.place,
+        job.scratch,
+        job.layout,
+        job.commits().values(),
+        _massive_factor(config, source),
+        source.labels.table,
+    )
     work.write_table(PROMPTS_FILE, source.labels.prompts)
     unknown = {"precision": "unknown", "store_dtype": source.store_dtype, "reference": "", "hooks": {}}
     work.write_json(PRECISION_FILE, origin.precision if origin else unknown)
-    return {
-        "n_rows": job.layout.n_rows,
-        "n_prompts": source.labels.n_prompts,
-        "n_hooks": len(found),
-        "n_shards": job.layout.n_shards,
-        "store_dtype": source.store_dtype,
-        "n_massive": max(item.statistics.n_massive for item in found.values()),
-    }
+    return {**figures, "n_prompts": source.labels.n_prompts, "store_dtype": source.store_dtype}
 
 
 STAGE = Stage(name="import_activations", version=1, config=ImportConfig, inputs=Inputs, run=run, estimate=estimate)

@@ -89,12 +89,12 @@ class Collector:
         if value.shape[0] == 1 and self._axes[0] > 1:
             # Learned position embeddings are computed once for all prompts of a batch.
             value = value.expand(self._axes[0], *value.shape[1:])
-        if value.shape[:n_axes] != self._axes or value.ndim == n_axes:
+        if value.shape[:n_axes] != self._axes:
             raise StageError(
                 f"The value at {name!r} has shape {tuple(value.shape)}, which does not begin with the axes "
-                f"{tuple(self._axes)} of the items it was computed from, followed by at least one of its own."
+                f"{tuple(self._axes)} of the items it was computed from."
             )
-        rows = value.flatten(n_axes).flatten(0, n_axes - 1)
+        rows = value.reshape(n_items, -1)
         if self._places is not None:
             rows = rows.index_select(0, self._places)
         # A copy even where the dtype is the same: the model may change its own tensor in place afterwards.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mi_pipe.activations.commits import COMMITS_FOLDER, Commit, committed
-from mi_pipe.activations.forward import ForwardPass
+from mi_pipe.activations.forward import RowSource
 from mi_pipe.activations.group import create_group, plan_of_group, remove_group
 from mi_pipe.activations.harvester import harvest_shards
 from mi_pipe.activations.plan import HarvestPlan
@@ -67,7 +67,7 @@ class HarvestJob:
 
     def fill(
         self,
-        forward: ForwardPass,
+        source: RowSource,
         shards: Collection[int],
         on_commit: Callable[[int], None] = _ignore,
         on_rows: Callable[[int], None] = _ignore,
@@ -75,4 +75,4 @@ class HarvestJob:
         """Run the model over the batches of some shards and commit each; raises StorageOverflowError and others."""
         done = set(range(self.plan.layout.n_shards)) - set(shards)
         with ShardWriter(self.place, self.scratch, self.plan.layout, self.plan.hash, on_commit) as writer:
-            harvest_shards(self.plan, forward, writer, done, on_rows)
+            harvest_shards(self.plan, source, writer, done, on_rows)

@@ -85,7 +85,7 @@ class ForwardPass:
         device = self._model.device
         collector = Collector(self.hooks, list(self._plain), kept, dtype, device)
         ids = torch.from_numpy(tokens.astype(np.int64))
-        with _within_memory(tokens), torch.inference_mode(), computing(self._precision, device):
+        with within_memory(tokens), torch.inference_mode(), computing(self._precision, device):
             ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
             if self._plain:
                 self._run_plain(ids, collector)
@@ -127,8 +127,8 @@ class ForwardPass:
 
 
 @contextmanager
-def _within_memory(inputs: Shaped[np.ndarray, "batch *shape"]) -> Generator[None]:
-    """Say of an out-of-memory error which batch it was."""
+def within_memory(inputs: Shaped[np.ndarray, "batch *shape"]) -> Generator[None]:
+    """Turn an out-of-memory error into BatchTooLargeError, which says which batch it was."""
     try:
         yield
     except torch.OutOfMemoryError as error:

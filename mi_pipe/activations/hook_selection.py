@@ -63,9 +63,9 @@ def at_lengths(sites: Sequence[HookSite], lengths: Int[np.ndarray, " prompt"]) -
 
 
 def array_layouts(
-    sites: Sequence[HookSite], info: ModelInfo, store_dtype: StoreDType, shard_rows: int
+    sites: Sequence[HookSite], info: ModelInfo | None, store_dtype: StoreDType, shard_rows: int
 ) -> tuple[ArrayLayout, ...]:
-    """Return the layout of each site's array."""
+    """Return the layout of each site's array; `info` (of a language model) names their dimensions."""
     itemsize = numpy_dtype(store_dtype).itemsize
     return tuple(
         ArrayLayout(
@@ -86,10 +86,12 @@ def check_shard_rows(shard_rows: int | None) -> None:
         raise ConfigError(f"harvest.shard_rows is {shard_rows}; it has to be a power of two, such as 65536.")
 
 
-def _dimension(site: HookSite, info: ModelInfo) -> str:
+def _dimension(site: HookSite, info: ModelInfo | None) -> str:
     """Name an array's second dimension; equal names have equal sizes, as xarray asks."""
     if site.pattern_heads is not None:
         return "head_key"
+    if info is None:
+        return f"width_{site.width}"
     named: dict[tuple[int | None, ...], str] = {
         (info.d_vocab,): "d_vocab",
         (info.d_mlp,): "d_mlp",
