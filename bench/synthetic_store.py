@@ -79,7 +79,7 @@ def _run(config: SyntheticConfig, _: NoInputs, work: Workspace) -> dict[str, Sca
     _fill(job, config)
     for commit in job.commits().values():
         for key, (size_bytes, checksum) in commit.files.items():
-            work.checksum(f"{GROUP_NAME}/{key}", f"crc32c:{checksum}", size_bytes)
+            work.checksum(f"{GROUP_NAME}/{key}", checksum, size_bytes)
     found = totals(job.place.within(GROUP_NAME), job.scratch, job.plan.layout, 10.0)[HOOK]
     work.write_tensors(STATISTICS_FILE, found.statistics.to_tensors(HOOK))
     tokens = job.plan.tokens

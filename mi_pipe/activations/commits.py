@@ -1,6 +1,6 @@
 """Commit records: one JSON file a shard, written after the shard's files are durable; they alone say it is done.
 
-`commits/000012.json`: {shard, rows: [start, stop], plan, files: {key: [size_bytes, crc32c]}}, the keys relative to
+`commits/000012.json`: {shard, rows: [start, stop], plan, files: {key: [size_bytes, checksum]}}, the keys relative to
 the group. No times in it, so a shard done twice gives the same record.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.layout import StoreLayout
 from mi_pipe.core.atomic import json_bytes
+from mi_pipe.core.checksum import CHUNKS
 from mi_pipe.core.errors import StageError
 from mi_pipe.core.place import Place
 
@@ -24,7 +25,7 @@ class Commit:
     rows: tuple[int, int]
     plan: str
     files: dict[str, tuple[int, str]]
-    """Key in the group to size in bytes and CRC-32C (8 hex digits)."""
+    """Key in the group to size in bytes and checksum (`core.checksum`)."""
 
 
 def commit_name(shard: int) -> str:
@@ -57,11 +58,13 @@ def conflict_text(place: Place, shard: int) -> str:
 
 
 def read_commit(place: Place, shard: int) -> Commit | None:
-    """Return a shard's record, or None if there is none that can be read."""
+    """Return a shard's record, or None if there is none of this version that can be read."""
     try:
         record = json.loads(place.read(commit_name(shard)))
         start, stop = record["rows"]
-        files = {str(key): (int(size), str(crc)) for key, (size, crc) in record["files"].items()}
+        files = {str(key): (int(size), str(checksum)) for key, (size, checksum) in record["files"].items()}
+        if not all(checksum.startswith(f"{CHUNKS}:") for _, checksum in files.values()):
+            return None
         return Commit(int(record["shard"]), (int(start), int(stop)), str(record["plan"]), files)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -20,7 +20,7 @@ from mi_pipe.activations.storage_dtype import fill_value, numpy_dtype
 from mi_pipe.core.place import LocalPlace, Place
 
 GROUP_NAME = "activations.zarr"
-SCHEMA = "mi_pipe.activations/1"
+SCHEMA = "mi_pipe.activations/2"
 TOKEN_DIMENSION = "token"  # noqa: S105 (the dimension's name)
 ROW_ARRAYS = ("token_id", "prompt_idx", "pos")
 PROMPT_OFFSET = "prompt_offset"
@@ -58,9 +58,13 @@ def remove_group(place: Place) -> None:
 
 
 def plan_of_group(place: Place) -> str | None:
-    """Return the plan's hash in the attributes of the group at an artifact's place, or None if there is none."""
+    """Return the plan's hash in the attributes of the group at an artifact's place, or None if there is none.
+
+    Neither is there one in a group of another version.
+    """
     try:
-        return json.loads(place.read(f"{GROUP_NAME}/{_METADATA}"))["attributes"]["plan_hash"]
+        attributes = json.loads(place.read(f"{GROUP_NAME}/{_METADATA}"))["attributes"]
+        return attributes["plan_hash"] if attributes["schema"] == SCHEMA else None
     except (FileNotFoundError, ValueError, KeyError):
         return None
 

@@ -14,6 +14,7 @@ from jaxtyping import Int, Shaped
 
 from mi_pipe.activations.layout import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayLayout
 from mi_pipe.activations.storage_dtype import fill_value, numpy_dtype
+from mi_pipe.core.checksum import chunked_checksum
 
 _NO_CHUNK = np.iinfo(np.uint64).max
 
@@ -65,6 +66,11 @@ class ShardBuffer:
         self._bytes[start : start + n_index] = index.reshape(-1).view(np.uint8)
         self._append_crc(start, n_index)
         return self._bytes[: layout.file_bytes(n_rows)]
+
+    def checksum(self, n_rows: int) -> str:
+        """Return the checksum of the file that `encode` has made, from those of its chunks."""
+        data = self._bytes[: self.layout.file_bytes(n_rows)]
+        return chunked_checksum(data, self.layout.chunk_stride, self.layout.n_chunks(n_rows))
 
     def _append_crc(self, start: int, n_bytes: int) -> None:
         end = start + n_bytes

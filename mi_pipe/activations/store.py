@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from mi_pipe.activations import describe, frames, summaries
 from mi_pipe.activations.blocks import Block, read_blocks
-from mi_pipe.activations.group import GROUP_NAME, zarr_store
+from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.row_array import RowArray
 from mi_pipe.activations.row_table import MASSIVE_PREFIX, TOKENS_FILE
 from mi_pipe.activations.statistics import HookStatistics
@@ -54,8 +54,8 @@ class ActivationStore(Artifact):
 
     @property
     def zarr_store(self) -> Any:
-        """What zarr-python and xarray open the group by, here or in an object store."""
-        return zarr_store(self.group_place)
+        """What zarr-python and xarray open the group by, here or in an object store; damage raises."""
+        return self.zarr_group(GROUP_NAME)
 
     @cached_property
     def group(self) -> "zarr.Group":
@@ -108,8 +108,17 @@ class ActivationStore(Artifact):
                 raise HookPointError(
                     f"{self.id} holds no {hook!r}.{near_names(hook, self.hooks)} It holds {', '.join(self.hooks)}."
                 )
-            self._arrays[hook] = open_row_array(self.group_place, hook)
+            self._arrays[hook] = self._open_array(hook)
         return self._arrays[hook]
+
+    def _open_array(self, hook: str) -> RowArray:
+        folder = f"{GROUP_NAME}/{hook}/"
+        names = [name for name in self.manifest.files if name.startswith(folder)]
+        for name in names:
+            if not name.startswith(f"{folder}c/"):
+                self.check_file(name)
+        checksums = {name.removeprefix(f"{GROUP_NAME}/"): self.manifest.files[name].checksum for name in names}
+        return open_row_array(self.group_place, hook, checksums)
 
     @cached_property
     def _arrays(self) -> dict[str, RowArray]:

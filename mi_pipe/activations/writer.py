@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from mi_pipe.activations.commits import Commit, commit_name, committed, conflict_text, write_commit
 from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout
-from mi_pipe.activations.shard_file import ShardBuffer, crc32c
+from mi_pipe.activations.shard_file import ShardBuffer
 from mi_pipe.activations.statistics import ShardSums, shard_sums
 from mi_pipe.activations.sums_file import write_sums
 from mi_pipe.core.errors import StageError
@@ -87,19 +87,26 @@ class ShardWriter:
             sums[array.name] = shard_sums(chunks, array.store_dtype, array.width)
             self._refuse_nonfinite(array, shard, sums[array.name])
         data = {array.key(shard): buffers[array.name].encode(n_rows) for array in self._layout.arrays}
-        files = {key: (len(content), f"{crc32c(content):08x}") for key, content in data.items()}
+        files = {
+            array.key(shard): (array.file_bytes(n_rows), buffers[array.name].checksum(n_rows))
+            for array in self._layout.arrays
+        }
         write_sums(self._scratch, shard, sums)
         self._commit(Commit(shard, self._layout.bounds(shard), self._plan, files), data)
         self._on_commit(shard)
 
     def _commit(self, commit: Commit, data: dict[str, Shaped[np.ndarray, " byte"]]) -> None:
         """Write a shard's files and then its record, unless another writer has done so."""
+        record = commit_name(commit.shard)
+        # Asked before it is judged: a record that another writer makes after that is a good one, and stays.
+        has_record = self._place.size(record) is not None
         found = committed(self._place, self._layout, self._plan, commit.shard)
         if found is not None:
             if found != commit:
                 raise StageError(conflict_text(self._place, commit.shard))
             return
-        self._place.remove(commit_name(commit.shard))
+        if has_record:
+            self._place.remove(record)
         for key, content in data.items():
             self._place.write(f"{GROUP_NAME}/{key}", content.data)
         write_commit(self._place, commit)

@@ -6,6 +6,7 @@ being read as fill values (`stored_chunks`). Values of several axes are given fl
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,13 @@ from mi_pipe.core.place import Place
 _STORE_DTYPES: dict[str, StoreDType] = {"float16": "float16", "float32": "float32", "float64": "float32"}
 
 
-def open_row_array(group: Place, name: str) -> RowArray:
+def open_row_array(group: Place, name: str, checksums: Mapping[str, str] | None = None) -> RowArray:
     """Return the direct reader of an array laid out as mi_pipe writes, and zarr-python's of any other.
 
+    `checksums` are those of the array's files, by key of the group, if they are known.
     Raises ArtifactDamagedError if its metadata cannot be read, ConfigError if it holds no activations.
     """
-    return ZarrArray(group, name) if _is_foreign(group, name) else RawArray(group, name)
+    return ZarrArray(group, name) if _is_foreign(group, name) else RawArray(group, name, checksums=checksums)
 
 
 class ZarrArray:

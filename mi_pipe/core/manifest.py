@@ -33,7 +33,7 @@ class FileEntry(BaseModel):
 
     size_bytes: int
     checksum: str
-    """Algorithm and hex value, such as `sha256:9f86…` or `crc32c:1a2b3c4d`."""
+    """Algorithm and hex value, such as `sha256:9f86…` (`core.checksum` has the kinds)."""
     volatile: bool = False
     """True for times and host facts, which differ between equal runs."""
 

@@ -65,6 +65,12 @@ class ObjectPlace:
         """Return bytes `start` to `stop` of an object."""
         return memoryview(self._ask(key, lambda: obstore.get_range(self.store, key, start=start, end=stop)))
 
+    def read_ranges(self, key: str, starts: Sequence[int], n_bytes: int) -> list[bytes]:
+        """Return `n_bytes` from each start, which are asked for at once."""
+        lengths = [n_bytes] * len(starts)
+        pieces = self._ask(key, lambda: obstore.get_ranges(self.store, key, starts=starts, lengths=lengths))
+        return [bytes(piece) for piece in pieces]
+
     def size(self, key: str) -> int | None:
         """Return the size of an object in bytes, or None if there is none."""
         try:
@@ -137,6 +143,10 @@ class ObjectFile:
             buffer.cast("B")[: len(part)] = part
             at += len(part)
         return at
+
+    def read_pieces(self, offsets: Sequence[int], n_bytes: int) -> list[bytes]:
+        """Return `n_bytes` from each offset; raises PlaceError beyond the object's end."""
+        return self._place.read_ranges(self._key, list(offsets), n_bytes)
 
 
 def _reason(error: BaseException) -> str:

@@ -30,6 +30,10 @@ class OpenFile(Protocol):
         """Fill writable buffers, one after the other, with the bytes from `offset` on; return how many came."""
         ...
 
+    def read_pieces(self, offsets: Sequence[int], n_bytes: int) -> list[bytes]:
+        """Return `n_bytes` from each offset, fewer at the file's end."""
+        ...
+
 
 class Place(Protocol):
     """A folder or a prefix. `FileNotFoundError` where a key does not exist."""
@@ -150,6 +154,10 @@ class LocalFile:
             total += n_read
             waiting = _after(waiting, n_read)
         return total
+
+    def read_pieces(self, offsets: Sequence[int], n_bytes: int) -> list[bytes]:
+        """Return `n_bytes` from each offset, fewer at the file's end."""
+        return [os.pread(self._handle, n_bytes, offset) for offset in offsets]
 
 
 def _after(buffers: list[memoryview], n_bytes: int) -> list[memoryview]:

@@ -109,7 +109,7 @@ class Workspace:
         return self._remote_scratch
 
     def checksum(self, name: str, checksum: str, size_bytes: int) -> None:
-        """Give the checksum (`crc32c:…`) and size of a file, computed while writing, to save reading it again."""
+        """Give the checksum (`core.checksum`) and size of a file, computed while writing, to save reading it again."""
         self._entries[name] = FileEntry(size_bytes=size_bytes, checksum=checksum)
 
     def volatile(self, name: str) -> None:
