@@ -10,7 +10,7 @@ from mi_pipe.activations.plan import Batch
 from mi_pipe.activations.precision import pick_precision, round_weights
 from mi_pipe.core.errors import HookPointError
 from mi_pipe.models.device import multiplies_bfloat16
-from mi_pipe.models.loading import wrap_hf_model
+from mi_pipe.models.loading import load_model, wrap_hf_model
 from mi_pipe.models.trained import native_module, wrap_native
 from tests.models.test_models import FAMILIES
 from tests.models.tiny import TOY_FIELDS, tiny_tokenizer
@@ -207,3 +207,19 @@ def test_auto_is_mixed_just_where_bfloat16_products_are_fast():
     cpu = torch.device("cpu")
     assert pick_precision("auto", cpu) == ("mixed" if multiplies_bfloat16(cpu) else "float32")
     assert pick_precision("mixed", cpu) == "mixed"
+
+
+@pytest.mark.real_model
+def test_every_kind_of_smollm2_equals_the_bridge_cache(smollm2):
+    model = load_model(smollm2, "cpu", "float32")
+    tokens = np.random.default_rng(0).integers(1, 49_000, (3, 40)).astype(np.int32)
+    kinds = [kind for kind in KINDS if kind != "attn.hook_pattern"]
+    names = [f"blocks.{layer}.{kind}" for layer in (0, 9, model.info.n_layers - 1) for kind in kinds]
+    names.append("ln_final.hook_normalized")
+    patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in (0, 9)]
+    _, cache = model.bridge.run_with_cache(torch.from_numpy(tokens).long(), return_type=None)
+    for group in (names, patterns):
+        forward = ForwardPass(model, group, "float32", "float32")
+        assert not forward.needs_bridge
+        for name, rows in forward.exact(tokens, np.ones(tokens.shape, bool)).items():
+            assert_equal(rows, expected_rows(model, cache, name), name)
