@@ -14,6 +14,7 @@ import pandas as pd
 from pydantic import Field
 
 from mi_pipe.activations.batches import Batching, batch_tokens_for
+from mi_pipe.activations.covariance_choice import CovarianceChoice, with_covariance
 from mi_pipe.activations.fallback import Fallback
 from mi_pipe.activations.filling import HarvestJob
 from mi_pipe.activations.finishing import finish_store
@@ -75,6 +76,9 @@ class HarvestConfig(Config):
     `token == ' Paris' or pos == pos_end` on the columns of the prompt set's tables."""
     massive_factor: float = Field(default=10.0, gt=1)
     """A row is massive if its norm is above this many median norms; statistics and training leave it out."""
+    covariance: CovarianceChoice = "auto"
+    """Which hook points' covariances are kept with the statistics: always (all), never, or auto: those up to 1,024 wide
+    where all together cost at most 1 % of the forward pass."""
     batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens of one forward pass; part of the result, because what is in a batch changes the last bits. By default
     1,024 on a CPU, whose caches they fit, and 16,384 on a GPU; every batch is halved where that is too much."""
@@ -150,7 +154,8 @@ def make_plan(config: HarvestConfig, inputs: Inputs, fallback: Fallback) -> Harv
     sites = at_lengths(sites, tokens.lengths)
     widest = max(site.width for site in sites) * numpy_dtype(fallback.store_dtype).itemsize
     shard_rows = config.shard_rows or shard_rows_for(tokens.n_rows, widest, len(tokens.ids))
-    layout = StoreLayout(tokens.n_rows, shard_rows, array_layouts(sites, info, fallback.store_dtype, shard_rows))
+    arrays = array_layouts(sites, info, fallback.store_dtype, shard_rows)
+    layout = StoreLayout(tokens.n_rows, shard_rows, arrays, with_covariance(config.covariance, sites, info))
     identity = {"model": inputs.model.digest, "precision": _precision(config)}
     return HarvestPlan(tokens, layout, _batching(config, info, fallback), identity)
 

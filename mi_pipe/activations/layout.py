@@ -80,6 +80,8 @@ class StoreLayout:
     n_rows: int
     shard_rows: int
     arrays: tuple[ArrayLayout, ...]
+    with_covariance: frozenset[str] = frozenset()
+    """Arrays whose covariance is kept with the statistics."""
 
     @property
     def n_shards(self) -> int:

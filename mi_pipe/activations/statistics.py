@@ -59,15 +59,20 @@ class HookStatistics:
     """Mean squared distance from the mean: the sum of the variances."""
     max_norm: float
     """Largest norm of all rows."""
+    covariance: Float[np.ndarray, "width width"] | None = None
+    """float64; of the population. None where the harvest did not keep it."""
 
     def to_tensors(self, hook: str) -> dict[str, Tensor]:
         """Return the statistics as tensors named `<hook>.<field>`, float64 or int64."""
-        return {f"{hook}.{item.name}": torch.from_numpy(np.array(getattr(self, item.name))) for item in fields(self)}
+        values = {f"{hook}.{item.name}": getattr(self, item.name) for item in fields(self)}
+        return {name: torch.from_numpy(np.array(value)) for name, value in values.items() if value is not None}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], hook: str) -> "HookStatistics":
         """Read the statistics of one hook point."""
-        values = {item.name: tensors[f"{hook}.{item.name}"] for item in fields(cls)}
+        values = {item.name: tensors[f"{hook}.{item.name}"] for item in fields(cls) if item.name != "covariance"}
+        if f"{hook}.covariance" in tensors:
+            values["covariance"] = tensors[f"{hook}.covariance"]
         plain: dict[str, Any] = {name: value.numpy() if value.ndim else value.item() for name, value in values.items()}
         return cls(**plain)
 

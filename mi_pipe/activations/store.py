@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from mi_pipe.activations import describe, frames, summaries
+from mi_pipe.activations import agreement, describe, frames, summaries
 from mi_pipe.activations.blocks import Block, read_blocks
 from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.row_array import RowArray
@@ -25,6 +25,7 @@ from mi_pipe.activations.token_table import TokenTable
 from mi_pipe.activations.where import Condition
 from mi_pipe.activations.zarr_array import open_row_array
 from mi_pipe.core.artifact import Artifact
+from mi_pipe.core.damage import Damage
 from mi_pipe.core.errors import ConfigError, HookPointError, near_names
 from mi_pipe.core.place import Place
 
@@ -188,12 +189,13 @@ class ActivationStore(Artifact):
         return self.table([column])[column].to_numpy(bool)
 
     def statistics(self, hook: str) -> HookStatistics:
-        """Return mean, variance and norms of a hook point's rows, massive ones left out."""
-        return HookStatistics.from_tensors(self._statistics, self.array(hook).layout.name)
+        """Return mean, variance and norms of a hook point's rows, massive ones left out, and the covariance if kept."""
+        from safetensors import safe_open
 
-    @cached_property
-    def _statistics(self) -> dict[str, Any]:
-        return self.read_tensors(STATISTICS_FILE)
+        name = self.array(hook).layout.name
+        with safe_open(self.file(STATISTICS_FILE), framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys() if key.rpartition(".")[0] == name}  # noqa: SIM118
+        return HookStatistics.from_tensors(tensors, name)
 
     @cached_property
     def precision(self) -> dict[str, Any]:
@@ -290,6 +292,14 @@ class ActivationStore(Artifact):
     def by_layer(self) -> pd.DataFrame:
         """Return norms, variance and effective dimensions of each hook point, from the stored statistics."""
         return summaries.by_layer(self)
+
+    def content_of(self, name: str) -> str:
+        """Say which rows of which array a file holds."""
+        return agreement.content_of(self, name)
+
+    def disagreements(self) -> list[Damage]:
+        """Return the commit records and metadata that contradict the manifest or one another."""
+        return agreement.disagreements(self)
 
     def __repr__(self) -> str:
         """Say what is in the store."""
