@@ -100,14 +100,19 @@ def show(artifact_id: str, store: str | None) -> None:
 
 
 @cli.command()
-@click.argument("artifact_id", metavar="ID")
+@click.argument("artifact_id", metavar="ID|URL")
 @_store
-@_example("mi-pipe verify harvest-3f")
-def verify(artifact_id: str, store: str | None) -> None:
-    """Compare every file of an artifact with its checksum."""
-    from flows.commands import verify_command
+@click.option("--deep", is_flag=True, help="Read every byte and compare checksums.")
+@_example("mi-pipe verify harvest-3f --deep")
+def verify(artifact_id: str, store: str | None, deep: bool) -> None:
+    """Say whether an artifact is what was published, and name each damaged file with the rows it holds.
 
-    sys.exit(verify_command(artifact_id, store))
+    Without --deep its manifest, the presence and size of every file, commit records and metadata are compared.
+    Exits with 0 if it is whole, with 1 if it is damaged.
+    """
+    from flows.integrity import verify_command
+
+    sys.exit(verify_command(artifact_id, store, deep))
 
 
 @cli.command()

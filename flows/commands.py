@@ -137,16 +137,6 @@ def show_command(artifact_id: str, store: str | None) -> None:
         _out.print(f"  file      and {len(manifest.files) - most} more")
 
 
-def verify_command(artifact_id: str, store: str | None) -> int:
-    """Check every file of one artifact; returns the exit code."""
-    artifact = open_artifact(artifact_id, store)
-    damaged = artifact.damaged_files()
-    for name in damaged:
-        _out.print(f"damaged: {name}", markup=False)
-    _out.print(f"{artifact.id}: {len(artifact.manifest.files)} files checked, {len(damaged)} damaged")
-    return FAILED if damaged else DONE
-
-
 def rm_command(artifact_id: str, store: str | None, yes: bool) -> None:
     """Remove one artifact."""
     import click

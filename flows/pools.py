@@ -5,6 +5,7 @@ task runner, so that Prefect shows each share of the work.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -27,7 +28,13 @@ def cluster(workers: int, address: str | None) -> Generator[str | None]:
     elif workers > 1:
         from distributed import LocalCluster
 
-        options: Any = {"processes": True, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+        options: Any = {
+            "processes": True,
+            "host": "127.0.0.1",
+            "dashboard_address": "127.0.0.1:0",
+            "silence_logs": logging.ERROR,
+        }
+        logging.getLogger("distributed").setLevel(logging.WARNING)
         local: Any = LocalCluster(n_workers=workers, threads_per_worker=1, **options)
         with local:
             yield local.scheduler_address
@@ -77,14 +84,17 @@ class PrefectPool:
         """Yield results as they come; an item whose worker is lost goes to another."""
         from prefect import Task
         from prefect.cache_policies import NO_CACHE
+        from prefect.client.orchestration import get_client
         from prefect.futures import as_completed
-        from prefect.utilities.annotations import quote
+        from prefect.settings import PREFECT_API_URL, temporary_settings
         from prefect_dask.task_runners import DaskTaskRunner
 
-        task: Any = Task(_call, name=f"{self._name} share", cache_policy=NO_CACHE, persist_result=False)
-        with DaskTaskRunner(address=self._address) as runner:
-            shares = [{"function": quote(function), "item": quote(item)} for item in items]
-            futures: list[Any] = [runner.submit(task, parameters=share) for share in shares]
+        task: Any = Task(_run_share, name=f"{self._name} share", cache_policy=NO_CACHE, persist_result=False)
+        # The workers report to the server that this flow runs on; left to themselves each would start one of its own.
+        with get_client(sync_client=True) as client:
+            api = str(client.api_url)
+        with temporary_settings({PREFECT_API_URL: api}), DaskTaskRunner(address=self._address) as runner:
+            futures: list[Any] = [runner.submit(task, parameters={"share": _Share(function, item)}) for item in items]
             for future in as_completed(futures):
                 yield future.result()
 
@@ -92,8 +102,16 @@ class PrefectPool:
         """Nothing stays open between runs."""
 
 
-def _call(function: Callable[[ItemT], ResultT], item: ItemT) -> ResultT:
-    return function(item)
+class _Share:
+    """A function and its item; a plain class, which neither Prefect nor Dask looks into for futures to replace."""
+
+    def __init__(self, function: Callable[[Any], Any], item: Any) -> None:
+        self.function = function
+        self.item = item
+
+
+def _run_share(share: _Share) -> Any:
+    return share.function(share.item)
 
 
 def connect(address: str) -> Any:

@@ -6,6 +6,8 @@ only that a result file exists), and results stay in the store, never in Prefect
 
 import contextlib
 import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefect import Task
@@ -13,7 +15,6 @@ from prefect.artifacts import create_progress_artifact, create_table_artifact, u
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
-from prefect.utilities.annotations import quote
 
 from flows.diagram import Step
 from flows.pools import PrefectPool
@@ -25,24 +26,44 @@ from mi_pipe.core.store import Store
 _PROGRESS_EVERY_S = 5.0
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What the task that runs now is to do. Kept beside the task, since Prefect pickles a task to run its shares."""
+
+    step: Step
+    store: Store
+    screen: Screen
+    wait: bool
+    address: str | None
+    reports: list[StepReport] = field(default_factory=list)
+
+
+_job: ContextVar[_Job] = ContextVar("job")
+
+
 def run_as_task(step: Step, store: Store, screen: Screen, wait: bool, address: str | None = None) -> StepReport:
     """Run a step as a Prefect task and return how it ended; `address` is that of the flow's Dask scheduler, if any."""
-    reports: list[StepReport] = []
-
-    def body(step: Any) -> State[None]:
-        pool = PrefectPool(address, step.label) if address else None
-        with contextlib.closing(pool) if pool else contextlib.nullcontext():
-            report = run_step(step, store, Progress(_Both(screen, step.label)), wait, pool)
-        reports.append(report)
-        _publish_figures(report)
-        if report.result is None:
-            return Failed(message=report.message)
-        return Completed(name=report.outcome, message=f"{report.result.artifact.id} in {report.seconds:.1f} s")
-
+    job = _Job(step, store, screen, wait, address)
     screen.begin(step.label)
-    runner = Task(body, name=step.stage.name, task_run_name=step.label, cache_policy=NO_CACHE, persist_result=False)
-    runner(quote(step), return_state=True)
-    return reports[-1]
+    runner = Task(_body, name=step.stage.name, task_run_name=step.label, cache_policy=NO_CACHE, persist_result=False)
+    token = _job.set(job)
+    try:
+        runner(step.label, return_state=True)
+    finally:
+        _job.reset(token)
+    return job.reports[-1]
+
+
+def _body(label: str) -> State[None]:
+    job = _job.get()
+    pool = PrefectPool(job.address, label) if job.address else None
+    with contextlib.closing(pool) if pool else contextlib.nullcontext():
+        report = run_step(job.step, job.store, Progress(_Both(job.screen, label)), job.wait, pool)
+    job.reports.append(report)
+    _publish_figures(report)
+    if report.result is None:
+        return Failed(message=report.message)
+    return Completed(name=report.outcome, message=f"{report.result.artifact.id} in {report.seconds:.1f} s")
 
 
 class _Both:

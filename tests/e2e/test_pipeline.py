@@ -94,6 +94,13 @@ def test_one_field_of_features_remakes_features_and_report_only(whole):
     assert "features" in rows["report"]["reason"]
 
 
+@pytest.mark.slow
+def test_a_run_shared_among_dask_workers_by_prefect_ends_with_the_same_digests(whole, tmp_path):
+    done = run(tmp_path / "shared", tmp_path, "--workers", "2", prefect=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert digests(tmp_path / "shared") == digests(whole[0])
+
+
 STAGES = [
     "train_model",
     "generate_prompts",
