@@ -131,7 +131,8 @@ def _figures(found: HookStatistics) -> dict[str, Any]:
     `total_variance` is the sum of the variances, `mean_share` the share of the mean square norm that lies in the mean
     vector, `largest_dimension` the value with the largest variance and `largest_share` its share of the total.
     `effective_dimensions` is the participation ratio (Σ v)² / Σ v² of the variances v in the model's own basis: the
-    width if all are equal, 1 if one dimension has all the variance.
+    width if all are equal, 1 if one dimension has all the variance. `participation` is the same of the covariance's
+    eigenvalues, tr(C)² / tr(C²), which no choice of basis changes; NaN where the covariance was not kept.
     """
     variance = found.variance
     total = float(variance.sum())
@@ -147,9 +148,15 @@ def _figures(found: HookStatistics) -> dict[str, Any]:
         "total_variance": total,
         "mean_share": 1 - found.mean_square_norm_centred / found.mean_square_norm if found.mean_square_norm else 0.0,
         "effective_dimensions": total**2 / squares if squares else 0.0,
+        "participation": np.nan if found.covariance is None else _participation(found.covariance),
         "largest_dimension": largest,
         "largest_share": float(variance[largest]) / total if total else 0.0,
     }
+
+
+def _participation(covariance: Float[np.ndarray, "width width"]) -> float:
+    squares = float(np.square(covariance).sum())
+    return float(np.trace(covariance)) ** 2 / squares if squares else 0.0
 
 
 def _table_blocks(

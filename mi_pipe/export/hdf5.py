@@ -38,6 +38,7 @@ ACTIVATIONS, TOKENS, PROMPTS, PROMPT_OFFSET, STATISTICS = (
     "prompt_offset",
     "statistics",
 )
+COVARIANCE = "covariance"
 _TABLE_BYTES_A_ROW = 64
 
 
@@ -91,7 +92,11 @@ def _write_statistics(file: h5py.File, store: "ActivationStore", hooks: list[str
     for hook in hooks:
         group = file.create_group(f"{STATISTICS}/{hook}")
         for name, value in store.statistics(hook).to_tensors(hook).items():
-            group.create_dataset(name.removeprefix(f"{hook}."), data=value.numpy())
+            figure = name.removeprefix(f"{hook}.")
+            if value.ndim:
+                dataset(group, figure, value.numpy())
+            else:
+                group.create_dataset(figure, data=value.item())
 
 
 def _write_activations(file: h5py.File, store: "ActivationStore", hooks: list[str]) -> Iterator[int]:

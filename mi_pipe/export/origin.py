@@ -8,7 +8,7 @@ from typing import Any, cast
 import pandas as pd
 
 from mi_pipe.core.errors import ArtifactDamagedError
-from mi_pipe.export.hdf5 import ACTIVATIONS, PROMPTS, SCHEMA
+from mi_pipe.export.hdf5 import ACTIVATIONS, COVARIANCE, PROMPTS, SCHEMA, STATISTICS
 from mi_pipe.export.hdf5_table import read_table
 
 
@@ -26,6 +26,7 @@ class Origin:
     dimensions: dict[str, str]
     shard_rows: int
     massive_factor: float
+    with_covariance: frozenset[str]
     precision: dict[str, Any]
     prompts: pd.DataFrame
 
@@ -56,6 +57,7 @@ def _origin(file: Any) -> Origin:
         dimensions={hook: str(file[path].dims[1].label) for hook, path in hooks.items()},
         shard_rows=int(attributes["shard_rows"]),
         massive_factor=float(attributes["massive_factor"]),
+        with_covariance=frozenset(hook for hook in hooks if COVARIANCE in file[f"{STATISTICS}/{hook}"]),
         precision=json.loads(cast(str, attributes["precision"])),
         prompts=read_table(file[PROMPTS]).to_pandas(),
     )

@@ -15,7 +15,8 @@ LENGTHS = [20] * 12 + [33, 7, 7, 20, 64, 1, 40]
 @pytest.fixture(scope="module")
 def acts(tmp_path_factory):
     store = Store(tmp_path_factory.mktemp("summaries"))
-    return harvest_toy(store, LENGTHS, precision="float32", store_dtype="float32", massive_factor=1.2)
+    fields = {"precision": "float32", "store_dtype": "float32", "massive_factor": 1.2, "covariance": "always"}
+    return harvest_toy(store, LENGTHS, **fields)
 
 
 @pytest.mark.parametrize("where", [None, "pos > 4 and token_id < 40"])
@@ -74,6 +75,7 @@ def test_by_layer_is_what_numpy_says_of_all_rows(acts):
         norms = np.linalg.norm(values, axis=1)
         kept = values[~acts.massive(hook)]
         variance = kept.var(0)
+        eigenvalues = np.linalg.eigvalsh(np.cov(kept.T, ddof=0))
         line = table.loc[hook]
         assert line["n_rows"] + line["n_massive"] == acts.n_rows
         expected = {
@@ -84,6 +86,7 @@ def test_by_layer_is_what_numpy_says_of_all_rows(acts):
             "total_variance": variance.sum(),
             "mean_share": (kept.mean(0) ** 2).sum() / (kept**2).sum(1).mean(),
             "effective_dimensions": variance.sum() ** 2 / (variance**2).sum(),
+            "participation": eigenvalues.sum() ** 2 / (eigenvalues**2).sum(),
             "largest_dimension": variance.argmax(),
             "largest_share": variance.max() / variance.sum(),
         }
@@ -97,12 +100,17 @@ def test_effective_dimensions_of_five_numbers():
     known = dict.fromkeys(HookStatistics.__dataclass_fields__, 1.0)
     variance = np.array([1.0, 4.0, 1.0, 1.0, 1.0])
     known |= {"mean": np.array([2.0, 0, 0, 0, 0]), "variance": variance}
-    known |= {"mean_square_norm": 12.0, "mean_square_norm_centred": 8.0}
+    known |= {"covariance": None, "mean_square_norm": 12.0, "mean_square_norm_centred": 8.0}
     figures = summaries._figures(HookStatistics(**known))
     assert figures["effective_dimensions"] == pytest.approx(3.2)
     assert (figures["largest_dimension"], figures["largest_share"]) == (1, 0.5)
     assert figures["mean_share"] == pytest.approx(4 / 12)
     assert figures["total_variance"] == 8.0
+    assert np.isnan(figures["participation"])
+    # Eigenvalues 3 and 1 beside three zeros, off the axes: (3 + 1)² / (9 + 1) = 1.6.
+    covariance = np.zeros((5, 5))
+    covariance[:2, :2] = [[2, 1], [1, 2]]
+    assert summaries._figures(HookStatistics(**known | {"covariance": covariance}))["participation"] == 1.6
 
 
 def test_tables_are_frames(acts):
