@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mi_pipe.activations.store import ActivationStore
 
 _BLOCK_ROWS = 8192
+_NO_TOKEN = -1
 
 
 def by_token(store: "ActivationStore", hook: str, where: str | None) -> pd.DataFrame:
@@ -44,7 +45,7 @@ def by_token(store: "ActivationStore", hook: str, where: str | None) -> pd.DataF
 
 
 class _TokenSums:
-    """Sums by token id."""
+    """Sums by token id; -1, as in a capture of items that are no tokens, is one too."""
 
     def __init__(self) -> None:
         self._texts: dict[int, str | None] = {}
@@ -55,13 +56,13 @@ class _TokenSums:
         ids, first = np.unique(token_id, return_index=True)
         for token, code in zip(ids.tolist(), codes[first].tolist(), strict=True):
             self._texts.setdefault(token, texts.values[code] if code >= 0 else None)
-        missing = int(ids.max(initial=-1)) + 1 - len(self._sums["n"])
+        missing = int(ids.max(initial=_NO_TOKEN)) - _NO_TOKEN + 1 - len(self._sums["n"])
         if missing > 0:
             self._sums = {name: np.append(sums, np.zeros(missing)) for name, sums in self._sums.items()}
 
     def add_massive(self, token_id: Int[np.ndarray, " row"]) -> None:
         """Count massive rows."""
-        np.add.at(self._sums["n_massive"], token_id, 1)
+        np.add.at(self._sums["n_massive"], token_id - _NO_TOKEN, 1)
 
     def add(
         self,
@@ -70,18 +71,18 @@ class _TokenSums:
         centre: Float[np.ndarray, " width"],
     ) -> None:
         """Add rows that are not massive; `values` is overwritten."""
-        norms = _norms(values)
+        at, norms = token_id - _NO_TOKEN, _norms(values)
         np.subtract(values, centre, out=values)
-        np.add.at(self._sums["n"], token_id, 1)
-        np.add.at(self._sums["norm"], token_id, norms)
-        np.add.at(self._sums["square"], token_id, norms**2)
-        np.maximum.at(self._sums["largest"], token_id, norms)
-        np.add.at(self._sums["distance"], token_id, _norms(values))
+        np.add.at(self._sums["n"], at, 1)
+        np.add.at(self._sums["norm"], at, norms)
+        np.add.at(self._sums["square"], at, norms**2)
+        np.maximum.at(self._sums["largest"], at, norms)
+        np.add.at(self._sums["distance"], at, _norms(values))
 
     def table(self) -> pd.DataFrame:
         """Return the figures of the tokens that occur."""
         ids = np.array(sorted(self._texts), np.int64)
-        sums = {name: values[ids] for name, values in self._sums.items()}
+        sums = {name: values[ids - _NO_TOKEN] for name, values in self._sums.items()}
         n = np.where(sums["n"] > 0, sums["n"], np.nan)
         mean = sums["norm"] / n
         table = pd.DataFrame(

@@ -21,6 +21,8 @@ from mi_pipe.export.hdf5_table import has_table, read_table
 
 _NUMBERS = ("prompt_idx", "pos", "token_id")
 _TEXT = "text"
+_NO_TOKEN = -1
+"""What a capture of items that are no tokens has for token_id."""
 _LARGEST = np.iinfo(np.int32).max
 _HDF5 = (".h5", ".hdf5")
 
@@ -68,7 +70,7 @@ def read_labels(path: Path, prompts: pd.DataFrame | None = None) -> RowLabels:
     Raises ConfigError naming the column or the first row that is not as it has to be.
     """
     frame = _read(path)
-    numbers = {name: _numbers(frame, name, path) for name in _NUMBERS}
+    numbers = {name: _numbers(frame, name, path, prompts is not None) for name in _NUMBERS}
     _check_order(numbers["prompt_idx"], numbers["pos"], path, None if prompts is None else len(prompts))
     if "row" in frame and not np.array_equal(frame["row"], np.arange(len(frame))):
         raise ConfigError(f"The column row of {path} does not count 0, 1, 2, …; sort the table as the arrays are.")
@@ -130,13 +132,14 @@ def _decoded(values: Any) -> Any:
     return values
 
 
-def _numbers(frame: pd.DataFrame, name: str, path: Path) -> Int[np.ndarray, " row"]:
+def _numbers(frame: pd.DataFrame, name: str, path: Path, is_ours: bool) -> Int[np.ndarray, " row"]:
     if name not in frame:
         raise ConfigError(f"The token table {path} has no column {name!r}; it has {', '.join(map(str, frame))}.")
     values = pd.Series(frame[name])
     if not pd.api.types.is_integer_dtype(values) or bool(values.isna().any()):
         raise ConfigError(f"The column {name} of {path} has to hold whole numbers at every row.")
-    wrong = np.flatnonzero((values < 0) | (values > _LARGEST))
+    lowest = _NO_TOKEN if is_ours and name == "token_id" else 0
+    wrong = np.flatnonzero((values < lowest) | (values > _LARGEST))
     if len(wrong):
         raise ConfigError(f"The column {name} of {path} is {values.iloc[wrong[0]]} at row {wrong[0]:,}.")
     return values.to_numpy(np.int32)

@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import mi_pipe
+from mi_pipe.activations.capture import capture
 from mi_pipe.core.errors import ArtifactDamagedError, ConfigError, DiskSpaceError, HookPointError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
@@ -82,6 +84,16 @@ def test_it_comes_back_bit_for_bit(acts, tmp_path):
     second = export_hdf5(again, tmp_path / "again.h5")
     third = import_file(second, Store(tmp_path / "third"))
     assert {n: v for n, v in tree_hashes(third).items() if "/c/" in n} == {n: v for n, v in after.items() if "/c/" in n}
+
+
+def test_a_capture_of_items_that_are_no_tokens_comes_back_too(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    acts = capture(module, torch.randn(100, 5), ["0", "1.input"], Store(tmp_path / "store"))
+    assert acts.by_token("0").index.tolist() == [-1]
+    again = import_file(export_hdf5(acts, tmp_path / "acts.h5"), Store(tmp_path / "other"))
+    before, after = tree_hashes(acts), tree_hashes(again)
+    same = [name for name in before if not name.startswith("commits/") and name != "activations.zarr/zarr.json"]
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
 
 
 def test_equal_stores_give_equal_files(acts, tmp_path):
