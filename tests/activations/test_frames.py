@@ -9,6 +9,7 @@ import pytest
 
 from mi_pipe.core.errors import ArtifactDamagedError, ConfigError, HookPointError
 from mi_pipe.core.store import Store
+from mi_pipe.export.hdf5 import export_hdf5
 from tests.activations.harvests import HEADS, RESIDUAL, harvest_toy
 
 LENGTHS = [20] * 12 + [33, 7, 7, 20, 64, 1, 40]
@@ -124,6 +125,22 @@ def test_a_missing_shard_is_an_error_not_nan(tmp_path, read):
     remove_shards(acts, 0)
     with pytest.raises(ArtifactDamagedError, match="c/0/0"):
         read(acts)
+
+
+def test_a_store_in_an_object_store_is_read_alike(tmp_path, bucket):
+    local = harvest_toy(Store(tmp_path / "local"), [40] * 8)
+    remote = harvest_toy(Store(tmp_path / "remote"), [40] * 8, destination=bucket)
+    assert not (remote.path / "activations.zarr").exists()
+    where = "pos > 3 and token_id < 40"
+    pd.testing.assert_frame_equal(remote.to_pandas(RESIDUAL, where), local.to_pandas(RESIDUAL, where))
+    pd.testing.assert_frame_equal(remote.by_token(HEADS), local.by_token(HEADS))
+    pd.testing.assert_frame_equal(remote.by_layer(), local.by_layer())
+    assert remote.prompt(3).identical(local.prompt(3))
+    assert remote.to_xarray().compute().equals(local.to_xarray().compute())
+    lazy = pickle.loads(pickle.dumps(remote.to_dask(RESIDUAL)))
+    np.testing.assert_array_equal(lazy.compute(), local.to_dask(RESIDUAL).compute())
+    files = [export_hdf5(acts, tmp_path / f"{name}.h5") for name, acts in (("a", local), ("b", remote))]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_mistakes_are_one_sentence(acts, monkeypatch):
