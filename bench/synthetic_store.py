@@ -17,13 +17,12 @@ from jaxtyping import Int, Shaped
 
 from mi_pipe.activations.batches import Batching
 from mi_pipe.activations.filling import HarvestJob
-from mi_pipe.activations.group import GROUP_NAME
+from mi_pipe.activations.finishing import finish_store
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout, chunk_rows_for, shard_rows_for
 from mi_pipe.activations.plan import HarvestPlan, Tokens
-from mi_pipe.activations.row_table import TOKENS_FILE, row_table
+from mi_pipe.activations.row_table import row_table
 from mi_pipe.activations.storage_dtype import numpy_dtype
-from mi_pipe.activations.store import PROMPTS_FILE, STATISTICS_FILE, ActivationStore
-from mi_pipe.activations.totals import totals
+from mi_pipe.activations.store import PROMPTS_FILE, ActivationStore
 from mi_pipe.activations.writer import ShardWriter
 from mi_pipe.core.config import Config
 from mi_pipe.core.manifest import Scalar
@@ -77,16 +76,13 @@ def _run(config: SyntheticConfig, _: NoInputs, work: Workspace) -> dict[str, Sca
     attributes = {"model": "none", "prompts": "none", "store_dtype": config.store_dtype}
     job.prepare(work.scratch / "group", attributes)
     _fill(job, config)
-    for commit in job.commits().values():
-        for key, (size_bytes, checksum) in commit.files.items():
-            work.checksum(f"{GROUP_NAME}/{key}", checksum, size_bytes)
-    found = totals(job.place.within(GROUP_NAME), job.scratch, job.plan.layout, 10.0)[HOOK]
-    work.write_tensors(STATISTICS_FILE, found.statistics.to_tensors(HOOK))
     tokens = job.plan.tokens
     texts = pd.Series("a", index=range(len(tokens.ids)))
-    work.write_table(TOKENS_FILE, row_table(tokens, texts, {HOOK: found.massive}))
     work.write_table(PROMPTS_FILE, pd.DataFrame({"prompt_idx": np.arange(config.n_prompts, dtype=np.int32)}))
-    return {"n_rows": tokens.n_rows}
+    commits = job.commits().values()
+    return finish_store(
+        work, job.place, job.scratch, job.plan.layout, commits, 10.0, lambda massive: row_table(tokens, texts, massive)
+    )
 
 
 def _plan(config: SyntheticConfig) -> HarvestPlan:

@@ -23,7 +23,7 @@ from mi_pipe.activations.storage_dtype import StoreDType, decode
 from mi_pipe.activations.stored_chunks import StoredChunks
 from mi_pipe.activations.token_table import TokenTable
 from mi_pipe.activations.where import Condition
-from mi_pipe.activations.zarr_array import open_row_array
+from mi_pipe.activations.zarr_array import METADATA_FILES, open_row_array
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.damage import Damage
 from mi_pipe.core.errors import ConfigError, HookPointError, near_names
@@ -116,10 +116,10 @@ class ActivationStore(Artifact):
         folder = f"{GROUP_NAME}/{hook}/"
         names = [name for name in self.manifest.files if name.startswith(folder)]
         for name in names:
-            if not name.startswith(f"{folder}c/"):
+            if name.removeprefix(folder) in METADATA_FILES:
                 self.check_file(name)
         checksums = {name.removeprefix(f"{GROUP_NAME}/"): self.manifest.files[name].checksum for name in names}
-        return open_row_array(self.group_place, hook, checksums)
+        return open_row_array(self.group_place, hook, checksums, self.zarr_store)
 
     @cached_property
     def _arrays(self) -> dict[str, RowArray]:

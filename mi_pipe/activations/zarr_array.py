@@ -21,28 +21,31 @@ from mi_pipe.activations.stored_chunks import StoredChunks
 from mi_pipe.core.errors import ArtifactDamagedError, ConfigError, MiPipeError
 from mi_pipe.core.place import Place
 
+METADATA_FILES = ("zarr.json", ".zarray", ".zattrs")
+"""What describes an array, of either version of Zarr."""
 _STORE_DTYPES: dict[str, StoreDType] = {"float16": "float16", "float32": "float32", "float64": "float32"}
 
 
-def open_row_array(group: Place, name: str, checksums: Mapping[str, str] | None = None) -> RowArray:
+def open_row_array(group: Place, name: str, checksums: Mapping[str, str] | None = None, store: Any = None) -> RowArray:
     """Return the direct reader of an array laid out as mi_pipe writes, and zarr-python's of any other.
 
-    `checksums` are those of the array's files, by key of the group, if they are known.
+    Where they are known, `checksums` are those of the array's files, by key of the group, and `store` is what zarr
+    reads the group by, such as one that compares these checksums.
     Raises ArtifactDamagedError if its metadata cannot be read, ConfigError if it holds no activations.
     """
-    return ZarrArray(group, name) if _is_foreign(group, name) else RawArray(group, name, checksums=checksums)
+    return ZarrArray(group, name, store) if _is_foreign(group, name) else RawArray(group, name, checksums=checksums)
 
 
 class ZarrArray:
     """One hook point's array (token, ...) in a group, as zarr-python decodes it."""
 
-    def __init__(self, group: Place, name: str) -> None:
-        """Open the array `name` of `group`; raises as `open_row_array` does."""
+    def __init__(self, group: Place, name: str, store: Any = None) -> None:
+        """Open the array `name` of `group`, through `store` or plainly; raises as `open_row_array` does."""
         import zarr
 
         self._name = f"{group.url}/{name}"
         try:
-            self._array: Any = zarr.open_array(zarr_store(group), path=name, mode="r")
+            self._array: Any = zarr.open_array(store or zarr_store(group), path=name, mode="r")
         except MiPipeError:
             raise
         except Exception as error:

@@ -7,6 +7,8 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 from mi_pipe.activations.store import ActivationStore
+from mi_pipe.core.canonical import file_sha256
+from mi_pipe.core.manifest import FileEntry
 
 WAYS = ("zstd", "unsharded", "blosc shards", "columns", "three axes", "big-endian", "index at start", "version 2", "f8")
 
@@ -51,4 +53,9 @@ def rewrite(acts: ActivationStore, hook: str, way: str) -> ActivationStore:
         acts.group_path, name=hook, shape=values.shape, dtype=values.dtype, **common, **kinds[way]
     )
     array[:] = values
-    return ActivationStore(acts.path, acts.manifest)
+    files = {name: entry for name, entry in acts.manifest.files.items() if f"/{hook}/" not in name}
+    for path in (acts.group_path / hook).rglob("*"):
+        if path.is_file():
+            entry = FileEntry(size_bytes=path.stat().st_size, checksum=f"sha256:{file_sha256(path)}")
+            files[path.relative_to(acts.path).as_posix()] = entry
+    return ActivationStore(acts.path, acts.manifest.model_copy(update={"files": files}))

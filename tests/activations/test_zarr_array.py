@@ -87,14 +87,25 @@ def test_a_chunk_that_its_shard_lacks_is_missing(tmp_path, location):
     np.testing.assert_array_equal(ZarrArray(place, "a").read(16, 22), array[16:])
 
 
-def test_altered_bytes_are_found_by_the_arrays_own_checksums(tmp_path):
+@pytest.mark.parametrize("way", ["unsharded", "columns"])
+def test_altered_bytes_are_found_by_the_manifests_checksums(tmp_path, way):
+    acts = rewrite(harvest_toy(Store(tmp_path), LENGTHS), RESIDUAL, way)
+    path = acts.group_path / RESIDUAL / "c/1/0"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactDamagedError, match=r"c/1/0 differs from its checksum"):
+        acts.read_rows(RESIDUAL, 0, acts.n_rows)
+
+
+def test_altered_bytes_are_found_by_the_codecs_where_no_manifest_tells(tmp_path):
     acts = rewrite(harvest_toy(Store(tmp_path), LENGTHS), RESIDUAL, "columns")
     path = acts.group_path / RESIDUAL / "c/1/0"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
     with pytest.raises(ArtifactDamagedError, match="cannot be decoded"):
-        acts.read_rows(RESIDUAL, 0, acts.n_rows)
+        ZarrArray(acts.group_place, RESIDUAL).read(0, acts.n_rows)
 
 
 def test_what_is_no_activation_array_is_refused(tmp_path):
