@@ -70,12 +70,13 @@ def run(
 @_words
 @_store
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--no-probe", is_flag=True, help="Do not run the model for a few seconds to foretell the hours.")
 @_example("mi-pipe plan smollm2 saes.k=64")
-def plan(words: tuple[str, ...], store: str | None, as_json: bool) -> None:
-    """Say for each step whether it is cached, would resume (how far) or run, and why."""
+def plan(words: tuple[str, ...], store: str | None, as_json: bool, no_probe: bool) -> None:
+    """Say for each step whether it is cached, would resume (how far) or run, and why; and what a harvest will take."""
     from flows.commands import plan_command
 
-    plan_command(*_split(words), store, as_json)
+    plan_command(*_split(words), store, as_json, not no_probe)
 
 
 @cli.command()
@@ -113,6 +114,22 @@ def verify(artifact_id: str, store: str | None, deep: bool) -> None:
     from flows.integrity import verify_command
 
     sys.exit(verify_command(artifact_id, store, deep))
+
+
+@cli.command()
+@click.argument("artifact_id", metavar="ID")
+@_store
+@click.option("--model", metavar="NAME", help="Where the model lies now that the artifact was made of.")
+@_example("mi-pipe repair harvest-3f")
+def repair(artifact_id: str, store: str | None, model: str | None) -> None:
+    """Make a damaged artifact what was published again, or finish an unfinished one; needs no recipe.
+
+    Of a harvest only the damaged shards are computed again. What does not come out byte for byte as it was published
+    is not taken, and the artifact stays as it is.
+    """
+    from flows.integrity import repair_command
+
+    sys.exit(repair_command(artifact_id, store, model))
 
 
 @cli.command()

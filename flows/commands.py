@@ -20,6 +20,7 @@ from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from flows.diagram import Step  # noqa: E402
+from flows.forecast import measured_speed  # noqa: E402
 from flows.planning import as_row  # noqa: E402
 from flows.pools import DaskPool, cluster  # noqa: E402
 from flows.preflight import prepare  # noqa: E402
@@ -85,13 +86,16 @@ def _pool(address: str | None) -> AbstractContextManager[DaskPool | None]:
     return contextlib.closing(DaskPool(address)) if address else contextlib.nullcontext()
 
 
-def plan_command(recipe: str, overrides: list[str], store: str | None, as_json: bool) -> None:
-    """Print what `run` would do."""
-    intents = prepare(recipe, overrides, store).intents
+def plan_command(recipe: str, overrides: list[str], store: str | None, as_json: bool, probe: bool) -> None:
+    """Print what `run` would do, and what its harvests will take."""
+    ready = prepare(recipe, overrides, store)
     if as_json:
-        print(json.dumps([as_row(intent) for intent in intents], indent=1))  # noqa: T201
+        print(json.dumps([as_row(intent) for intent in ready.intents], indent=1))  # noqa: T201
         return
-    Screen().plan(intents)
+    Screen().plan(ready.intents)
+    for forecast in ready.forecasts:
+        speed = measured_speed(forecast, ready.hooks, ready.store) if probe and ready.hooks else None
+        _out.print("\n" + "\n".join(forecast.lines(speed)), markup=False, highlight=False)
 
 
 def status_command(store: str | None) -> None:

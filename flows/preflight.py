@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from flows.diagram import Step, diagram
+from flows.forecast import Forecast, check_fit, harvest_forecasts
 from flows.planning import Intent, plan
 from flows.recipe import Recipe, load_recipe
 from mi_pipe.activations.hook_selection import select_hooks
@@ -24,26 +25,35 @@ class Prepared:
     store: Store
     steps: list[Step]
     intents: list[Intent]
+    hooks: HookMap | None = None
+    """The model's hook points, where a step looks at them."""
+    forecasts: tuple[Forecast, ...] = ()
+    """What each harvest that is not done will take."""
 
 
 def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
     """Read and check everything that can be known early.
 
-    Raises ConfigError, ModelError, HookPointError or ArtifactDamagedError, each before any work.
+    Raises ConfigError, ModelError, HookPointError, DiskSpaceError or ArtifactDamagedError, each before any work.
     """
     content = load_recipe(recipe, overrides)
     where = Store(store or content.store)
     steps = diagram(content, where)
     intents = plan(steps, where)
-    if any(intent.action != "cached" and intent.step.stage.name in _LOOKS_AT_HOOKS for intent in intents):
-        _check_hooks(content, steps)
-    return Prepared(content, where, steps, intents)
+    if not any(intent.action != "cached" and intent.step.stage.name in _LOOKS_AT_HOOKS for intent in intents):
+        return Prepared(content, where, steps, intents)
+    hooks = _hooks(content, steps)
+    _check_hooks(content, hooks)
+    forecasts = harvest_forecasts(intents, hooks, where)
+    for forecast in forecasts:
+        check_fit(forecast)
+    return Prepared(content, where, steps, intents, hooks, tuple(forecasts))
 
 
-def _check_hooks(recipe: Recipe, steps: list[Step]) -> None:
+def _check_hooks(recipe: Recipe, hooks: HookMap) -> None:
     """Raise HookPointError or ConfigError for what would fail only after hours."""
     assert recipe.harvest is not None, "a step that looks at hooks has a harvest section"
-    harvested = [site.name for site in select_hooks(recipe.harvest.hooks, _hooks(recipe, steps))]
+    harvested = [site.name for site in select_hooks(recipe.harvest.hooks, hooks)]
     for hook in (recipe.saes.hooks if recipe.saes else None) or ():
         if hook not in harvested:
             raise ConfigError(

@@ -125,13 +125,15 @@ def test_show_status_and_verify_tell_of_artifacts(command, recipe, store):
     (name,) = store.published_ids()
     assert name in command("status")[1]
     assert "family" in command("show", name[:20])[1]
-    assert "0 damaged" in command("verify", name)[1]
+    assert "whole" in command("verify", name, "--deep")[1]
     victim = store.folder(name) / "dropped.json"
     victim.chmod(0o644)
     victim.write_bytes(victim.read_bytes().replace(b"{", b"["))
-    code, out, _ = command("verify", name)
+    assert command("verify", name)[0] == 0, "sizes are as they were"
+    code, out, _ = command("verify", name, "--deep")
     assert code == 1
-    assert "damaged: dropped.json" in out
+    assert "damaged: dropped.json differs from its checksum" in out
+    assert f"mi-pipe repair {name}" in out
 
 
 def test_usage_mistakes_exit_with_2_and_near_names(command):
