@@ -5,6 +5,7 @@ record, which is what makes it done. A shard that another writer has committed m
 sets of buffers take turns, so memory does not depend on the number of tokens.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -24,6 +25,8 @@ from mi_pipe.core.errors import StageError
 from mi_pipe.core.place import Place
 
 _N_BUFFER_SETS = 2
+_COVARIANCE_THREADS = max(1, (os.cpu_count() or 1) // 4)
+"""Most cores are the model's, or idle beside a GPU; the number changes no bit."""
 
 Buffers = dict[str, ShardBuffer]
 
@@ -90,7 +93,7 @@ class ShardWriter:
             self._refuse_nonfinite(array, shard, sums[array.name])
             if array.name in self._layout.with_covariance:
                 kept = ScatterFiles(self._scratch, array.name, self._layout.n_shards)
-                kept.add(shard, shard_scatter(chunks, array.store_dtype, sums[array.name]))
+                kept.add(shard, shard_scatter(chunks, array.store_dtype, sums[array.name], _COVARIANCE_THREADS))
         data = {array.key(shard): buffers[array.name].encode(n_rows) for array in self._layout.arrays}
         files = {
             array.key(shard): (array.file_bytes(n_rows), buffers[array.name].checksum(n_rows))
