@@ -6,6 +6,9 @@ import pytest
 
 pytest_plugins = ["tests.faults.object_store"]
 
+# Scripts that tests run in a Python of their own, not modules to look for doctests in.
+collect_ignore = ["activations/read_without_mi_pipe.py", "export/read_with_saelens.py"]
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
