@@ -6,7 +6,8 @@ from pathlib import Path
 
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.destination import fetch_manifest
-from mi_pipe.core.manifest import MANIFEST_NAME, Manifest, read_manifest
+from mi_pipe.core.errors import ArtifactIncompleteError
+from mi_pipe.core.manifest import MANIFEST_NAME, REQUEST_NAME, Manifest, parse_manifest, read_manifest
 from mi_pipe.core.place import is_url
 from mi_pipe.core.store import Store
 
@@ -25,12 +26,18 @@ VIEWS = {
 }
 
 
-def open_artifact(id_or_path: str | os.PathLike[str], store: Store | str | os.PathLike[str] | None = None) -> Artifact:
+def open_artifact(
+    id_or_path: str | os.PathLike[str],
+    store: Store | str | os.PathLike[str] | None = None,
+    partial: bool = False,
+) -> Artifact:
     """Open a published artifact with the readers of its stage.
 
     `id_or_path` is an id, the beginning of one, an artifact's folder, or its URL in an object store (large files are
     then read from there, small ones kept in the store). Raises ArtifactNotFoundError, ArtifactIncompleteError,
     ArtifactDamagedError or PlaceError, each saying what to do.
+
+    With `partial` an unfinished harvest is opened too, as far as its shards are there (`activations.partial`).
     """
     if is_url(text := os.fspath(id_or_path)):
         path = fetch_manifest(text, store if isinstance(store, Store) else Store(store))
@@ -38,9 +45,31 @@ def open_artifact(id_or_path: str | os.PathLike[str], store: Store | str | os.Pa
         path = Path(id_or_path)
     if not (path / MANIFEST_NAME).exists():
         store = store if isinstance(store, Store) else Store(store)
-        path = store.folder(store.find(text))
+        unfinished = store.find_unfinished(path.name if path.is_dir() else text)
+        if unfinished is not None and partial:
+            return _open_unfinished(unfinished, store)
+        path = store.folder(store.find(unfinished or text))
     manifest = read_manifest(path)
     return view_of(manifest)(path, manifest)
+
+
+def _open_unfinished(artifact_id: str, store: Store) -> Artifact:
+    """Return what is there of an unfinished harvest; raises ArtifactIncompleteError if nothing can be read yet."""
+    from mi_pipe.activations.group import plan_of_group
+    from mi_pipe.activations.partial import PartialStore
+
+    try:
+        request = parse_manifest((store.scratch(artifact_id) / REQUEST_NAME).read_bytes(), artifact_id)
+    except FileNotFoundError:
+        request = None
+    if request is None or VIEWS.get(request.stage) != VIEWS["harvest"]:
+        raise ArtifactIncompleteError(store.unfinished_text(artifact_id))
+    ref = request.inputs.get("prompts")
+    prompts = open_artifact(ref.id, store) if ref is not None and store.is_published(ref.id) else None
+    found = PartialStore(store.folder(artifact_id), request, prompts)
+    if plan_of_group(found.place) is None:
+        raise ArtifactIncompleteError(store.unfinished_text(artifact_id))
+    return found
 
 
 def view_of(manifest: Manifest) -> type[Artifact]:

@@ -5,7 +5,7 @@ Other than `mi_pipe.open`, which stops at the first damage, this names all of it
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mi_pipe.core.atomic import json_bytes
@@ -54,7 +54,10 @@ def verify(
         return Verification(name, 1, 0, (damage,), None)
     path = fetch_manifest(place.url, where) if not isinstance(place, LocalPlace) else place.root
     manifest = parse_manifest((path / MANIFEST_NAME).read_bytes(), name)
-    found = find_damage(view_of(manifest)(path, manifest), deep, progress)
+    artifact = view_of(manifest)(path, manifest)
+    found = find_damage(artifact, deep, progress)
+    if not isinstance(artifact.place, LocalPlace) and (damage := manifest_damage(artifact.place, name)):
+        found.append(replace(damage, content=f"at {artifact.place.url}"))
     return Verification(name, len(manifest.files) + 1, manifest.size_bytes, tuple(found), manifest)
 
 

@@ -120,19 +120,19 @@ def _harvest(
 ) -> dict[str, Scalar]:
     store_dtype = fallback.store_dtype
     n_shards = job.plan.layout.n_shards
-    if job.prepare(work.scratch / "group", _attributes(config, inputs, fallback)):
+    if job.prepare(work.scratch / "group", store_attributes(config, inputs, fallback)):
         work.path(PRECISION_FILE).unlink(missing_ok=True)
     todo = _mark_done(job, work)
     work.ledger.expect(n_shards)
     if todo or not work.path(PRECISION_FILE).exists():
         model = load_source(inputs.model, config.device, "float32")
-        _measure_precision(config, job.plan, model, work, store_dtype)
+        measure_precision_into(config, job.plan, model, work, store_dtype)
         if work.pool is None or work.pool.n_workers < 2:  # noqa: PLR2004
-            _fill(job, ForwardPass(model, job.hooks, _precision(config), store_dtype), work, todo)
+            _fill(job, ForwardPass(model, job.hooks, precision_of(config), store_dtype), work, todo)
         else:
             del model
             _fill_in_pool(Share(config, inputs, job.place.url, job.scratch.url, fallback), job, work, todo)
-    return _finish(job, config, inputs, work, fallback)
+    return finish(job, config, inputs, work, fallback)
 
 
 def make_job(config: HarvestConfig, inputs: Inputs, place: Place, scratch: Place, fallback: Fallback) -> HarvestJob:
@@ -156,7 +156,7 @@ def make_plan(config: HarvestConfig, inputs: Inputs, fallback: Fallback) -> Harv
     shard_rows = config.shard_rows or shard_rows_for(tokens.n_rows, widest, len(tokens.ids))
     arrays = array_layouts(sites, info, fallback.store_dtype, shard_rows)
     layout = StoreLayout(tokens.n_rows, shard_rows, arrays, with_covariance(config.covariance, sites, info))
-    identity = {"model": inputs.model.digest, "precision": _precision(config)}
+    identity = {"model": inputs.model.digest, "precision": precision_of(config)}
     return HarvestPlan(tokens, layout, _batching(config, info, fallback), identity)
 
 
@@ -179,16 +179,17 @@ def _check_tokens(tokens: Tokens, n_ctx: int, d_vocab: int, prompts: str) -> Non
         )
 
 
-def _precision(config: HarvestConfig) -> Precision:
+def precision_of(config: HarvestConfig) -> Precision:
+    """Return what the model computes in on this device."""
     return pick_precision(config.precision, pick_device(config.device))
 
 
-def _attributes(config: HarvestConfig, inputs: Inputs, fallback: Fallback) -> dict[str, Any]:
+def store_attributes(config: HarvestConfig, inputs: Inputs, fallback: Fallback) -> dict[str, Any]:
     """Return what the store says of itself: also what auto has meant here, so that its shards can be made again."""
     return {
         "model": inputs.model.id,
         "prompts": inputs.prompts.id,
-        "precision": _precision(config),
+        "precision": precision_of(config),
         "batch_tokens": config.batch_tokens or batch_tokens_for(pick_device(config.device)),
         **asdict(fallback),
     }
@@ -207,11 +208,11 @@ def _unit(shard: int) -> str:
     return f"shard {shard}"
 
 
-def _measure_precision(
+def measure_precision_into(
     config: HarvestConfig, plan: HarvestPlan, model: Model, work: Workspace, store_dtype: StoreDType
 ) -> None:
     """Round the weights to the harvest's precision, and write what that costs unless it is known."""
-    precision = _precision(config)
+    precision = precision_of(config)
     rounding = partial(round_weights, model.module, precision)
     if work.path(PRECISION_FILE).exists():
         rounding()
@@ -253,7 +254,7 @@ def fill_share(share: Share, shards: list[int]) -> list[int]:
     key = share.place, share.fallback
     if key not in _KEPT:
         job = make_job(share.config, share.inputs, open_place(share.place), open_place(share.scratch), share.fallback)
-        precision = _precision(share.config)
+        precision = precision_of(share.config)
         model = load_source(share.inputs.model, share.config.device, "float32")
         round_weights(model.module, precision)
         _KEPT.clear()
@@ -279,13 +280,13 @@ def _fill_in_pool(share: Share, job: HarvestJob, work: Workspace, todo: list[int
         work.progress.update(n_rows, layout.n_rows, "rows")
 
 
-def _finish(
+def finish(
     job: HarvestJob, config: HarvestConfig, inputs: Inputs, work: Workspace, fallback: Fallback
 ) -> dict[str, Scalar]:
     """Write statistics and tables, and return the main figures."""
     plan, commits = job.plan, job.commits()
     assert len(commits) == plan.layout.n_shards, "every shard is written and committed by now"
-    texts = pd.Series(inputs.prompts.token_table()["text"])
+    texts = pd.Series(inputs.prompts.read_table(TOKENS_FILE, ["text"])["text"])
     figures = finish_store(
         work,
         job.place,

@@ -38,7 +38,7 @@ def to_xarray(store: "ActivationStore") -> "xr.Dataset":
     import xarray as xr
 
     opened = xr.open_zarr(store.zarr_store, consolidated=False, chunks=None).drop_vars(PROMPT_OFFSET)
-    values = {hook: (opened[hook].dims, to_dask(store, hook), opened[hook].attrs) for hook in store.hooks}
+    values = {hook: (opened[hook].dims, store.to_dask(hook), opened[hook].attrs) for hook in store.hooks}
     return opened.drop_vars(store.hooks).assign(values)
 
 
@@ -76,7 +76,8 @@ def to_pandas(store: "ActivationStore", hook: Hooks, where: str | None, columns:
     picked = {name: _columns(store, name, columns) for name in hooks}
     rows = store.rows(where, hooks[0] if len(hooks) == 1 else None)
     _check_memory(store, len(rows), sum(map(len, picked.values())))
-    frame = store.token_table.take(rows, [*_TABLE_COLUMNS, *(MASSIVE_PREFIX + name for name in hooks)])
+    flags = [MASSIVE_PREFIX + name for name in hooks if MASSIVE_PREFIX + name in store.token_table.columns]
+    frame = store.token_table.take(rows, [*_TABLE_COLUMNS, *flags])
     frame = frame.set_index("row")
     parts = [
         pd.DataFrame(_values(store, name, rows, chosen), index=frame.index, columns=chosen)

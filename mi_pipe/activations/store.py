@@ -43,6 +43,9 @@ _SPLIT_STREAM = 0x5B117
 class ActivationStore(Artifact):
     """Activations at some hook points for every kept token of a prompt set."""
 
+    is_partial = False
+    """True of an unfinished harvest (`mi_pipe.open(..., partial=True)`); then some rows are missing."""
+
     @property
     def group_path(self) -> Path:
         """The Zarr group on this machine, for any program that reads Zarr v3; see `zarr_store` for remote ones."""
@@ -52,6 +55,11 @@ class ActivationStore(Artifact):
     def group_place(self) -> Place:
         """Where the Zarr group lies."""
         return self.place.within(GROUP_NAME)
+
+    @cached_property
+    def available(self) -> Bool[np.ndarray, " row"]:
+        """Which rows are there: all of a finished store."""
+        return np.ones(self.n_rows, bool)
 
     @property
     def zarr_store(self) -> Any:

@@ -6,7 +6,7 @@ one that is read in parts (a shard) is checked as a whole when it is first touch
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -30,9 +30,9 @@ def plain_store(place: Place) -> Store:
 
 
 class CheckedStore(WrapperStore[Store]):
-    """Read-only; `checksums` has the keys of the group that must be there."""
+    """Read-only; `checksums` has the keys of the group that must be there, None where no checksum is known."""
 
-    def __init__(self, store: Store, place: Place, checksums: Mapping[str, str], artifact: str) -> None:
+    def __init__(self, store: Store, place: Place, checksums: Mapping[str, str | None], artifact: str) -> None:
         """Read the group at `place` through `store`; errors name `artifact`."""
         super().__init__(store)
         self._place = place
@@ -40,17 +40,17 @@ class CheckedStore(WrapperStore[Store]):
         self._artifact = artifact
 
     def _with_store(self, store: Store) -> "CheckedStore":
-        return CheckedStore(store, self._place, self._checksums, self._artifact)
+        return type(self)(store, self._place, self._checksums, self._artifact)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return the bytes of a key; raises ArtifactDamagedError if it is listed and is not what was published."""
         checksum = self._checksums.get(key)
-        if checksum is None:
-            return await self._store.get(key, prototype, byte_range)
-        if byte_range is not None and not matches_once(self._place, key, checksum):
+        if checksum is not None and byte_range is not None and not matches_once(self._place, key, checksum):
             self._refuse(key)
         data = await self._store.get(key, prototype, byte_range)
-        if data is None or (byte_range is None and not data_matches(data.as_numpy_array(), checksum)):
+        if data is None:
+            return self._refuse(key) if key in self._checksums else None
+        if checksum is not None and byte_range is None and not data_matches(data.as_numpy_array(), checksum):
             self._refuse(key)
         return data
 
@@ -60,7 +60,7 @@ class CheckedStore(WrapperStore[Store]):
         """Return the bytes of several keys."""
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
-    def _refuse(self, key: str) -> None:
+    def _refuse(self, key: str) -> NoReturn:
         what = "differs from its checksum" if self._place.size(key) is not None else "is missing"
         raise ArtifactDamagedError(damage_text(self._artifact, f"{self._place.url}/{key} {what}"))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from mi_pipe.core.artifact import Artifact
+from mi_pipe.core.atomic import write_bytes
 from mi_pipe.core.config import Config
 from mi_pipe.core.errors import DiskSpaceError
 from mi_pipe.core.full_disk import told_if_full
@@ -152,7 +153,8 @@ def execute(
             except BaseException:
                 work.pause()
                 raise
-            work.publish(*made_of, summary, sources)
+            manifest = work.publish(*made_of, summary, sources)
+            write_bytes(store.manifest_copy(name), manifest.to_json())
         outcome: Outcome = "Resumed" if work.is_resumed else "Completed"
         return Result(Artifact(store.folder(name)), outcome, time.monotonic() - started)
 

@@ -3,7 +3,9 @@
 <store>/<stage>/<id>/manifest.json and the artifact's files
 <store>/models/<name>/             converted models
 <store>/.work/<id>/                ledger and checkpoints of unfinished artifacts
+<store>/.repair/<id>/              files of damaged artifacts, while they are made again
 <store>/.locks/<id>.lock           one writer at a time
+<store>/.manifests/<id>.json       copies of manifests
 """
 
 import os
@@ -34,9 +36,17 @@ class Store:
         """Return the folder of an unfinished artifact's ledger and checkpoints."""
         return self.root / ".work" / artifact_id
 
+    def repair_folder(self, artifact_id: str) -> Path:
+        """Return the folder in which the damaged files of an artifact are made again."""
+        return self.root / ".repair" / artifact_id
+
     def lock_path(self, artifact_id: str) -> Path:
         """Return the path of an artifact's lock file."""
         return self.root / ".locks" / f"{artifact_id}.lock"
+
+    def manifest_copy(self, artifact_id: str) -> Path:
+        """Return the path of the copy of an artifact's manifest, from which a damaged one is mended."""
+        return self.root / ".manifests" / f"{artifact_id}.json"
 
     @property
     def models(self) -> Path:
@@ -70,20 +80,41 @@ class Store:
         Raises ArtifactNotFoundError with near names, or naming the candidates if several begin with it.
         """
         known = self.published_ids()
-        matches = [name] if name in known else [item for item in known if item.startswith(name)]
+        matches = _beginning_with(name, known)
         if len(matches) == 1:
             return matches[0]
         if matches:
             raise ArtifactNotFoundError(f"{name!r} is the beginning of {len(matches)} ids: {', '.join(matches)}.")
-        if name in self.unfinished_ids():
-            raise ArtifactIncompleteError(f"{name} was begun and is not finished. Run its recipe again to go on.")
+        unfinished = _beginning_with(name, self.unfinished_ids())
+        if len(unfinished) == 1:
+            raise ArtifactIncompleteError(self.unfinished_text(unfinished[0]))
         raise ArtifactNotFoundError(
             f"No artifact {name!r} in {self.root}.{near_names(name, known)} `mi-pipe status` lists all."
+        )
+
+    def find_unfinished(self, name: str) -> str | None:
+        """Return the one unfinished id that is `name` or begins with it, if no published one does."""
+        matches = _beginning_with(name, self.unfinished_ids())
+        return matches[0] if len(matches) == 1 and not _beginning_with(name, self.published_ids()) else None
+
+    def unfinished_text(self, artifact_id: str) -> str:
+        """Say how far an unfinished artifact is and what goes on with it."""
+        ledger = self.ledger(artifact_id)
+        total = f" of {ledger.n_total:,}" if ledger.n_total else ""
+        far = f"{ledger.n_done:,}{total} units are done" if ledger.n_done else "it was just begun"
+        return (
+            f"{artifact_id} is not finished: {far}. Run its recipe again, or `mi-pipe repair {artifact_id}`, to go on. "
+            "Activations can be opened as far as they are there with mi_pipe.open(..., partial=True)."
         )
 
     def remove(self, artifact_id: str) -> None:
         """Remove an artifact and its scratch space, manifest first so that no half of it passes for whole."""
         with exclusive_lock(self.lock_path(artifact_id), artifact_id):
             (self.folder(artifact_id) / MANIFEST_NAME).unlink(missing_ok=True)
-            for folder in (self.folder(artifact_id), self.scratch(artifact_id)):
+            self.manifest_copy(artifact_id).unlink(missing_ok=True)
+            for folder in (self.folder(artifact_id), self.scratch(artifact_id), self.repair_folder(artifact_id)):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beginning_with(name: str, known: list[str]) -> list[str]:
+    return [name] if name in known else [item for item in known if item.startswith(name)]

@@ -95,7 +95,7 @@ def test_stopped_after_any_number_of_batches_it_ends_with_the_same_bytes(tmp_pat
 def test_shards_whose_files_or_records_are_gone_are_made_again(tmp_path, monkeypatch):
     whole = tree_hashes(harvest_toy(Store(tmp_path / "whole"), LENGTHS))
     store = Store(tmp_path / "hurt")
-    monkeypatch.setattr(harvest, "_finish", lambda *_: (_ for _ in ()).throw(_Stop()))
+    monkeypatch.setattr(harvest, "finish", lambda *_: (_ for _ in ()).throw(_Stop()))
     with pytest.raises(_Stop):
         harvest_toy(store, LENGTHS)
     monkeypatch.undo()
