@@ -14,10 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from mi_pipe.activations.covariance import Scatter, merged
+from mi_pipe.activations.layout import ArrayLayout
 from mi_pipe.activations.sums_file import SUMS_FOLDER
 from mi_pipe.core.place import Place
 
 _Node: TypeAlias = tuple[int, int]
+_DOUBLE_BYTES = 8
+
+
+def is_worth_keeping(array: ArrayLayout) -> bool:
+    """Say whether a shard's scatter is smaller than the shard: a larger one is better computed at the end."""
+    return array.shard_rows * array.row_bytes >= _DOUBLE_BYTES * array.width**2
 
 
 class ScatterFiles:

@@ -17,7 +17,7 @@ from mi_pipe.activations.commits import Commit, commit_name, committed, conflict
 from mi_pipe.activations.covariance import shard_scatter
 from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout
-from mi_pipe.activations.scatter_files import ScatterFiles
+from mi_pipe.activations.scatter_files import ScatterFiles, is_worth_keeping
 from mi_pipe.activations.shard_file import ShardBuffer
 from mi_pipe.activations.statistics import ShardSums, shard_sums
 from mi_pipe.activations.sums_file import write_sums
@@ -91,7 +91,7 @@ class ShardWriter:
             chunks = buffers[array.name].chunks(n_rows)
             sums[array.name] = shard_sums(chunks, array.store_dtype, array.width)
             self._refuse_nonfinite(array, shard, sums[array.name])
-            if array.name in self._layout.with_covariance:
+            if array.name in self._layout.with_covariance and is_worth_keeping(array):
                 kept = ScatterFiles(self._scratch, array.name, self._layout.n_shards)
                 kept.add(shard, shard_scatter(chunks, array.store_dtype, sums[array.name], _COVARIANCE_THREADS))
         data = {array.key(shard): buffers[array.name].encode(n_rows) for array in self._layout.arrays}

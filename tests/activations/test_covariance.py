@@ -137,6 +137,23 @@ def test_a_harvest_keeps_it_and_stores_without_it_stay_readable(tmp_path):
     assert not any("covariance" in key for key in bare.read_tensors("statistics.safetensors"))
 
 
+def test_what_was_kept_while_writing_and_what_is_computed_at_the_end_are_the_same_bytes(tmp_path, monkeypatch):
+    fields = {"massive_factor": 1.4, "shard_rows": 256}
+    added, add = [], ScatterFiles.add
+    monkeypatch.setattr(ScatterFiles, "add", lambda self, shard, it: (added.append(shard), add(self, shard, it)))
+    kept = harvest_toy(Store(tmp_path / "kept"), [30] * 40, **fields)
+    assert sorted(added) == sorted([*range(5)] * 2)
+    monkeypatch.setattr(ScatterFiles, "add", lambda *_: None)
+    computed = harvest_toy(Store(tmp_path / "computed"), [30] * 40, **fields)
+    for hook in (RESIDUAL, HEADS):
+        assert kept.statistics(hook).covariance.tobytes() == computed.statistics(hook).covariance.tobytes()
+
+
+def test_small_shards_keep_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(ScatterFiles, "add", lambda *_: pytest.fail("the scatter is larger than the shard"))
+    assert harvest_toy(Store(tmp_path), [30] * 8).statistics(RESIDUAL).covariance is not None
+
+
 def site(name, width):
     return HookSite(name, (width,), None, "out")
 
