@@ -139,7 +139,7 @@ def _finish(job: ImportJob, config: ImportConfig, work: Workspace) -> dict[str, 
         job.layout,
         job.commits().values(),
         _massive_factor(config, source),
-        source.labels.table,
+        lambda massive: [source.labels.table(massive)],
     )
     work.write_table(PROMPTS_FILE, source.labels.prompts)
     unknown = {"precision": "unknown", "store_dtype": source.store_dtype, "reference": "", "hooks": {}}

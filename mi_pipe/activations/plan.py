@@ -52,6 +52,24 @@ class Tokens:
         """Number of kept tokens."""
         return int(self.row_offsets[-1])
 
+    def places(self, start: int, stop: int) -> Int[np.ndarray, " row"]:
+        """Return where among all tokens the rows `start` to `stop` are."""
+        first = int(np.searchsorted(self.row_offsets, start, "right")) - 1
+        last = int(np.searchsorted(self.row_offsets, stop, "left"))
+        begin = int(self.offsets[first])
+        found = begin + np.flatnonzero(self.kept[begin : self.offsets[last]])
+        skipped = start - int(self.row_offsets[first])
+        return found[skipped : skipped + stop - start]
+
+    def labels(self, places: Int[np.ndarray, " row"]) -> dict[str, Int[np.ndarray, " row"]]:
+        """Return token_id, prompt_idx and pos of the tokens at some places, int32."""
+        prompt_idx = np.searchsorted(self.offsets, places, "right") - 1
+        return {
+            "token_id": self.ids[places],
+            "prompt_idx": prompt_idx.astype(np.int32),
+            "pos": (places - self.offsets[prompt_idx]).astype(np.int32),
+        }
+
     def row_arrays(self) -> dict[str, Int[np.ndarray, " row"]]:
         """Return token_id, prompt_idx and pos of every row, int32."""
         prompt_idx = np.repeat(np.arange(self.n_prompts, dtype=np.int32), self.lengths)
