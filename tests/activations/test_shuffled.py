@@ -104,6 +104,16 @@ def test_rows_come_as_they_are_stored_or_as_their_exact_float32_values(tmp_path,
         assert {row.numpy().tobytes() for row in wide[RESIDUAL]} <= known
 
 
+def test_for_another_device_rows_travel_as_they_are_stored_and_are_converted_there(tmp_path):
+    acts = harvest_toy(Store(tmp_path), [30] * 10)
+    reader = ShuffledReader(acts, [RESIDUAL], 64, held_out_fraction=0.0)
+    for dtype, expected in (("stored", torch.float16), ("float32", torch.float32)):
+        found = [batch[RESIDUAL] for batch in reader.batches(0, 5, dtype, device="meta")]
+        assert [(values.device.type, values.dtype, values.shape) for values in found] == [
+            ("meta", expected, (64, 32))
+        ] * 5
+
+
 def test_no_memory_is_allocated_while_batches_are_dropped(acts):
     addresses = {batch[RESIDUAL].data_ptr() for batch in reader_of(acts).batches(0, 200)}
     assert len(addresses) <= 8
