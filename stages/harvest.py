@@ -106,10 +106,10 @@ def run(config: HarvestConfig, inputs: Inputs, work: Workspace) -> dict[str, Sca
         job = make_job(config, inputs, work.place_at(config.destination), work.scratch_at(config.destination), fallback)
         try:
             return _harvest(config, inputs, work, job, fallback)
-        except StorageOverflowError:
+        except StorageOverflowError as error:
             if config.on_overflow == "refuse" or fallback.store_dtype != "float16":
                 raise
-            fallback = fallback.with_bfloat16()
+            fallback = fallback.with_bfloat16(error)
         except BatchTooLargeError as error:
             fallback = fallback.with_halved_batches(job.plan, error)
         fallback.write(work.scratch)
@@ -191,7 +191,8 @@ def store_attributes(config: HarvestConfig, inputs: Inputs, fallback: Fallback) 
         "prompts": inputs.prompts.id,
         "precision": precision_of(config),
         "batch_tokens": config.batch_tokens or batch_tokens_for(pick_device(config.device)),
-        **asdict(fallback),
+        "store_dtype": fallback.store_dtype,
+        "halvings": fallback.halvings,
     }
 
 
@@ -304,6 +305,7 @@ def finish(
         "precision": errors["precision"],
         "store_dtype": errors["store_dtype"],
         "halvings": fallback.halvings,
+        "overflow": fallback.overflow,
         "fvu_added": max(error["fvu_added"] for error in errors["hooks"].values()),
     }
 

@@ -8,12 +8,13 @@ continued begins where it had fallen back to.
 
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from mi_pipe.activations.forward import BatchTooLargeError
 from mi_pipe.activations.plan import HarvestPlan
 from mi_pipe.activations.storage_dtype import StoreDType
+from mi_pipe.activations.writer import StorageOverflowError
 from mi_pipe.core.atomic import write_json
 
 FALLBACK_FILE = "fallback.json"
@@ -28,6 +29,8 @@ class Fallback:
     store_dtype: StoreDType
     halvings: int = 0
     """How often every batch is cut in two."""
+    overflow: str = field(default="", compare=False)
+    """What did not fit the storage dtype that was asked for: rows, shard and hook point, as the first error said."""
 
     @classmethod
     def read(cls, scratch: Path, store_dtype: StoreDType) -> "Fallback":
@@ -41,10 +44,10 @@ class Fallback:
         """Keep it for the next launch."""
         write_json(scratch / FALLBACK_FILE, asdict(self))
 
-    def with_bfloat16(self) -> "Fallback":
+    def with_bfloat16(self, error: StorageOverflowError) -> "Fallback":
         """Return the same, storing bfloat16; says so."""
-        logger.warning("A value does not fit float16: the harvest begins again, storing bfloat16.")
-        return replace(self, store_dtype="bfloat16")
+        logger.warning("%s The harvest begins again, storing bfloat16.", error)
+        return replace(self, store_dtype="bfloat16", overflow=str(error))
 
     def with_halved_batches(self, plan: HarvestPlan, error: BatchTooLargeError) -> "Fallback":
         """Return the same with the batches of `plan` cut in two; says so. Raises `error` for single prompts."""

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 
@@ -207,6 +208,9 @@ def test_values_beyond_float16_are_refused_with_the_remedy_or_stored_as_bfloat16
     acts = ActivationStore(result.artifact.path)
     assert acts.dtype == "bfloat16"
     assert tree_hashes(acts) == tree_hashes(ActivationStore(direct.artifact.path))
+    assert "hook_resid_post" in acts.summary["overflow"]
+    assert everywhere or re.match(r"\d+ of rows 0 to 64 \(shard 0\)", acts.summary["overflow"])
+    assert direct.artifact.summary["overflow"] == ""
     assert np.isfinite(acts.read_rows(RESIDUAL, 0, acts.n_rows)).all()
 
 
