@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from mi_pipe.activations import writer
 from mi_pipe.activations.fallback import Fallback
 from mi_pipe.activations.forward import ForwardPass
 from mi_pipe.activations.group import GROUP_NAME
@@ -77,9 +78,20 @@ def test_a_shard_committed_with_other_bytes_is_left_alone_and_told(make_job):
     job, forward = make_job("conflict")
     job.fill(forward, [2])
     record = job.place.read("commits/000002.json")
-    (crc,) = {job.commits()[2].files[f"{RESIDUAL}/c/2/0"][1]}
-    job.place.write("commits/000002.json", record.replace(crc.encode(), b"deadbeef"))
+    checksum = job.commits()[2].files[f"{RESIDUAL}/c/2/0"][1]
+    other = checksum[:-1] + ("0" if checksum[-1] != "0" else "1")
+    job.place.write("commits/000002.json", record.replace(checksum.encode(), other.encode()))
     before = bytes_of(job)
     with pytest.raises(StageError, match=r"Shard 2 in .* with other bytes"):
         job.fill(forward, [2])
     assert bytes_of(job) == before
+
+
+def test_any_number_of_threads_writes_the_same_bytes(make_job, monkeypatch):
+    (one, forward), (several, other) = make_job("one"), make_job("several")
+    shards = range(one.plan.layout.n_shards)
+    monkeypatch.setattr(writer, "_THREADS", 1)
+    one.fill(forward, shards)
+    monkeypatch.setattr(writer, "_THREADS", 3)
+    several.fill(other, shards)
+    assert bytes_of(several) == bytes_of(one)
