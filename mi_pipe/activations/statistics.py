@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mi_pipe.activations.storage_dtype import StoreDType, decode
 
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True)

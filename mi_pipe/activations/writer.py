@@ -1,8 +1,9 @@
 """Writes finished shards in a thread of its own, while the forward pass fills the next one.
 
-For a shard: statistics, checksums and index, one file a hook point, the sums in scratch space, and then the commit
-record, which is what makes it done. A shard that another writer has committed meanwhile is compared, not written. Two
-sets of buffers take turns, so memory does not depend on the number of tokens.
+For a shard: statistics, checksums and index (several hook points at once where there are cores), one file a hook point,
+the sums in scratch space, and then the commit record, which is what makes it done. A shard that another writer has
+committed meanwhile is compared, not written. Two sets of buffers take turns, so memory does not depend on the number of
+tokens.
 """
 
 import os
@@ -25,8 +26,9 @@ from mi_pipe.core.errors import StageError
 from mi_pipe.core.place import Place
 
 _N_BUFFER_SETS = 2
-_COVARIANCE_THREADS = max(1, (os.cpu_count() or 1) // 4)
-"""Most cores are the model's, or idle beside a GPU; the number changes no bit."""
+_THREADS = max(1, (os.cpu_count() or 1) // 4)
+"""Hook points at a time, and threads of a covariance. Most cores are the model's, or idle beside a GPU; the number
+changes no bit."""
 
 Buffers = dict[str, ShardBuffer]
 
@@ -56,6 +58,7 @@ class ShardWriter:
         self._turn = 0
         self._pending: list[Future[None]] = []
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._hooks = ThreadPoolExecutor(_THREADS, thread_name_prefix="hook-point")
 
     def __enter__(self) -> "ShardWriter":
         """Begin."""
@@ -66,6 +69,7 @@ class ShardWriter:
     ) -> None:
         """Wait for the shards handed over; raises what writing them raised, unless already leaving with an error."""
         self._executor.shutdown(wait=True, cancel_futures=kind is not None)
+        self._hooks.shutdown()
         if kind is None:
             for future in self._pending:
                 future.result()
@@ -86,22 +90,26 @@ class ShardWriter:
 
     def _write(self, shard: int, buffers: Buffers) -> None:
         n_rows = self._layout.shard_n_rows(shard)
-        sums: dict[str, ShardSums] = {}
-        for array in self._layout.arrays:
-            chunks = buffers[array.name].chunks(n_rows)
-            sums[array.name] = shard_sums(chunks, array.store_dtype, array.width)
-            self._refuse_nonfinite(array, shard, sums[array.name])
-            if array.name in self._layout.with_covariance and is_worth_keeping(array):
-                kept = ScatterFiles(self._scratch, array.name, self._layout.n_shards)
-                kept.add(shard, shard_scatter(chunks, array.store_dtype, sums[array.name], _COVARIANCE_THREADS))
-        data = {array.key(shard): buffers[array.name].encode(n_rows) for array in self._layout.arrays}
-        files = {
-            array.key(shard): (array.file_bytes(n_rows), buffers[array.name].checksum(n_rows))
-            for array in self._layout.arrays
-        }
-        write_sums(self._scratch, shard, sums)
+        arrays = self._layout.arrays
+        finished = [*self._hooks.map(lambda array: self._finish_array(array, shard, buffers[array.name]), arrays)]
+        data = {array.key(shard): content for array, (_, content) in zip(arrays, finished, strict=True)}
+        files = {array.key(shard): (array.file_bytes(n_rows), buffers[array.name].checksum(n_rows)) for array in arrays}
+        write_sums(self._scratch, shard, {array.name: sums for array, (sums, _) in zip(arrays, finished, strict=True)})
         self._commit(Commit(shard, self._layout.bounds(shard), self._plan, files), data)
         self._on_commit(shard)
+
+    def _finish_array(
+        self, array: ArrayLayout, shard: int, buffer: ShardBuffer
+    ) -> tuple[ShardSums, Shaped[np.ndarray, " byte"]]:
+        """Return the sums and the file's bytes of one hook point of a shard; raises StorageOverflowError."""
+        n_rows = self._layout.shard_n_rows(shard)
+        chunks = buffer.chunks(n_rows)
+        sums = shard_sums(chunks, array.store_dtype, array.width)
+        self._refuse_nonfinite(array, shard, sums)
+        if array.name in self._layout.with_covariance and is_worth_keeping(array):
+            kept = ScatterFiles(self._scratch, array.name, self._layout.n_shards)
+            kept.add(shard, shard_scatter(chunks, array.store_dtype, sums, _THREADS))
+        return sums, buffer.encode(n_rows)
 
     def _commit(self, commit: Commit, data: dict[str, Shaped[np.ndarray, " byte"]]) -> None:
         """Write a shard's files and then its record, unless another writer has done so."""
