@@ -81,7 +81,7 @@ class HookMap:
         n_layers = 1 + max((site.layer for site in self if site.layer is not None), default=-1)
         if layer is not None and n_layers and layer >= n_layers:
             raise HookPointError(f"Hook point {name!r}: the model has layers 0 to {n_layers - 1}, not {layer}.")
-        near = near_names(name, self._sites) or near_names(name, self._modules)
+        near = near_names(name, [*self._sites, *self._modules])
         kinds = "resid_pre, resid_post, attn_out, mlp_out" if not near and self._sites else ""
         hint = f" Hook points of a block are, among others, {kinds}: blocks.0.hook_resid_pre." if kinds else near
         raise HookPointError(f"The model has no hook point {name!r}.{hint}")
