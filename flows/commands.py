@@ -147,6 +147,7 @@ def rm_command(artifact_id: str, store: str | None, yes: bool) -> None:
 
     where = Store(store)
     known = {*where.published_ids(), *where.unfinished_ids()}
+    known |= {artifact_id} if where.has_lost_manifest(artifact_id) else set()
     matches = sorted(item for item in known if item.startswith(artifact_id))
     if len(matches) != 1:
         raise ArtifactNotFoundError(f"{artifact_id!r} means {len(matches)} artifacts of {where.root}, not one.")

@@ -85,8 +85,5 @@ def _locate(id_or_url: str, store: Store) -> tuple[Place, str]:
     if (Path(id_or_url) / MANIFEST_NAME).exists():
         path = Path(id_or_url).absolute()
         return LocalPlace(path), path.name
-    lost = store.folder(id_or_url)
-    if not store.is_published(id_or_url) and not store.scratch(id_or_url).exists() and lost.is_dir():
-        return LocalPlace(lost), id_or_url
-    name = store.find(id_or_url)
+    name = id_or_url if store.has_lost_manifest(id_or_url) else store.find(id_or_url)
     return LocalPlace(store.folder(name)), name

@@ -12,10 +12,11 @@ import os
 import shutil
 from pathlib import Path
 
-from mi_pipe.core.errors import ArtifactIncompleteError, ArtifactNotFoundError, near_names
+from mi_pipe.core.canonical import ID_DIGITS
+from mi_pipe.core.errors import ArtifactDamagedError, ArtifactIncompleteError, ArtifactNotFoundError, near_names
 from mi_pipe.core.ledger import Ledger
 from mi_pipe.core.lock import exclusive_lock, is_locked
-from mi_pipe.core.manifest import MANIFEST_NAME
+from mi_pipe.core.manifest import MANIFEST_NAME, damage_text
 
 STORE_VARIABLE = "MI_PIPE_STORE"
 DEFAULT_STORE = "data/store"
@@ -77,7 +78,8 @@ class Store:
     def find(self, name: str) -> str:
         """Return the one published id that is `name` or begins with it.
 
-        Raises ArtifactNotFoundError with near names, or naming the candidates if several begin with it.
+        Raises ArtifactNotFoundError with near names, or naming the candidates if several begin with it;
+        ArtifactIncompleteError if it is unfinished, ArtifactDamagedError if its manifest is gone.
         """
         known = self.published_ids()
         matches = _beginning_with(name, known)
@@ -85,12 +87,20 @@ class Store:
             return matches[0]
         if matches:
             raise ArtifactNotFoundError(f"{name!r} is the beginning of {len(matches)} ids: {', '.join(matches)}.")
+        if self.has_lost_manifest(name):
+            raise ArtifactDamagedError(damage_text(name, f"its {MANIFEST_NAME} is missing"))
         unfinished = _beginning_with(name, self.unfinished_ids())
         if len(unfinished) == 1:
             raise ArtifactIncompleteError(self.unfinished_text(unfinished[0]))
         raise ArtifactNotFoundError(
             f"No artifact {name!r} in {self.root}.{near_names(name, known)} `mi-pipe status` lists all."
         )
+
+    def has_lost_manifest(self, artifact_id: str) -> bool:
+        """Say whether files of an artifact are there that is neither published nor being made."""
+        is_id = len(artifact_id.rpartition("-")[2]) == ID_DIGITS
+        is_known = self.is_published(artifact_id) or self.scratch(artifact_id).exists()
+        return is_id and not is_known and self.folder(artifact_id).is_dir()
 
     def find_unfinished(self, name: str) -> str | None:
         """Return the one unfinished id that is `name` or begins with it, if no published one does."""
