@@ -8,7 +8,8 @@ for each figure: the median over the rounds, and every round's value. Tokens are
 seconds of the two copies that no shuffling can do without (cache to pool, pool to batch) over those of warm reading;
 other programs on the machine disturb it least.
 `cold_tokens_per_s`, `cold_of_disk`: a new reader once the files are dropped from the cache, and over a sequential read
-of the same files, dropped likewise. `mates`: rows of the same prompt that a row meets in its batch.
+of the same files, dropped likewise (`disk_tokens_per_s`). `mates`: rows of the same prompt that a row meets in its batch. `per_cpu_s` is
+tokens a second of CPU time, all threads together: the steadier figure where other programs run.
 """
 
 import argparse
@@ -152,8 +153,10 @@ def figures(store: ActivationStore, n_rounds: int) -> Iterator[dict[str, Any]]:
     for _ in range(n_rounds):
         for name, way in ways.items():
             found[name].append(way())
-    for name in ("warm", "float32", "first_epoch", "cold"):
-        yield _figure(f"{name}_tokens_per_s", [item.tokens_per_s for item in found[name]])
+    for name in ("warm", "float32", "first_epoch", "cold", "disk"):
+        per_cpu_s = statistics.median(item.tokens_per_cpu_s for item in found[name])
+        figure = _figure(f"{name}_tokens_per_s", [item.tokens_per_s for item in found[name]])
+        yield {**figure, "per_cpu_s": float(f"{per_cpu_s:.3g}")}
     pairs = zip(found["warm"], found["copies"], strict=True)
     yield _figure("of_copies", [read.tokens_per_cpu_s / bound.tokens_per_cpu_s for read, bound in pairs])
     pairs = zip(found["cold"], found["disk"], strict=True)
