@@ -36,9 +36,11 @@ from stages.harvest import HarvestConfig, Inputs
 _FEW_TOKENS, _MANY_TOKENS = 10_000, 1_000_000
 
 
-def speed_figures(n_tokens: int, n_rounds: int, hooks: list[str], folder: Path) -> Iterator[dict[str, Any]]:
+def speed_figures(
+    n_tokens: int, n_rounds: int, hooks: list[str], folder: Path, sizes: Sizes
+) -> Iterator[dict[str, Any]]:
     """Yield the figures of speed."""
-    sizes, store = Sizes(), Store(folder / "store")
+    store = Store(folder / "store")
     tokens = random_tokens(n_tokens // sizes.n_ctx, sizes.n_ctx, sizes.d_vocab)
     model = resolve_model(str(save_model(folder / "hf", sizes)), store)
     inputs = Inputs(model, publish_prompts(store, tokens, sizes.d_vocab))
@@ -114,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if args.only != "memory":
-            for figure in speed_figures(args.tokens, args.rounds, args.hooks, Path(folder) / "speed"):
+            for figure in speed_figures(args.tokens, args.rounds, args.hooks, Path(folder) / "speed", Sizes()):
                 print(json.dumps(figure), flush=True)
         if args.only != "speed":
             print(json.dumps(memory_figure(Path(folder) / "memory")), flush=True)
