@@ -62,7 +62,7 @@ class ShuffledReader:
         self.hooks = list(hooks)
         self.batch_rows = batch_rows
         self._arrays = {hook: store.array(hook) for hook in self.hooks}
-        self._dtype = _common_dtype(self._arrays)
+        self._dtype: StoreDType = _common_dtype(self._arrays)
         self._n_threads = n_threads or (
             _LOCAL_THREADS if isinstance(store.group_place, LocalPlace) else _REMOTE_THREADS
         )
@@ -141,7 +141,7 @@ class ShuffledReader:
 
 
 def _common_dtype(arrays: Mapping[str, RowArray]) -> StoreDType:
-    dtypes = {array.layout.store_dtype for array in arrays.values()}
+    dtypes: set[StoreDType] = {array.layout.store_dtype for array in arrays.values()}
     if len(dtypes) != 1:
         raise ConfigError(f"{', '.join(arrays)} are stored as {', '.join(sorted(dtypes))}; read each on its own.")
     return dtypes.pop()

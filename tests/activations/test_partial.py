@@ -31,9 +31,10 @@ def interrupted(store, n_batches, monkeypatch, **fields):
             raise KeyboardInterrupt
         return original(self, batch)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(ForwardPass, "start", start_within_budget)
-        harvest_toy(store, LENGTHS, **fields)
+        with pytest.raises(KeyboardInterrupt):
+            harvest_toy(store, LENGTHS, **fields)
 
 
 @pytest.fixture
