@@ -65,7 +65,8 @@ class HeadScores(Artifact):
         if task not in self.tasks:
             near = near_names(task, self.tasks)
             raise ConfigError(f"{self.id} has no patterns of task {task!r}.{near} It has {', '.join(self.tasks)}.")
-        dataset = xr.open_zarr(self.path / PATTERNS_FOLDER / f"{task}.zarr", consolidated=False, chunks=None)
+        stored = self.zarr_group(f"{PATTERNS_FOLDER}/{task}.zarr")
+        dataset = xr.open_zarr(stored, consolidated=False, chunks=None)
         pattern = dataset["pattern"].assign_attrs(dataset.attrs)
         positions = np.arange(pattern.sizes["query"], dtype=np.int32)
         return pattern.assign_coords(prompt=dataset["prompt"], query=positions, key=positions)

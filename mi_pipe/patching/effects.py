@@ -26,7 +26,7 @@ class PatchEffects(Artifact):
 
     @cached_property
     def _dataset(self) -> xr.Dataset:
-        return xr.open_zarr(self.path / EFFECTS_FOLDER, consolidated=False, chunks=None)
+        return xr.open_zarr(self.zarr_group(EFFECTS_FOLDER), consolidated=False, chunks=None)
 
     def to_xarray(self) -> xr.Dataset:
         """Return everything: a unit's metric (pair, layer, pos or head), `clean`, `corrupted` (pair), `token_id`."""
