@@ -52,6 +52,15 @@ def has_unknown_parts(hooks: HookMap) -> bool:
     return any(site.shape and site.reading is None and site.name.endswith(_PARTS) for site in hooks)
 
 
+def with_vocabulary(hooks: HookMap, listed: int, d_vocab: int) -> HookMap:
+    """Give logits, listed with a smaller vocabulary, the size of the model's own."""
+
+    def true_size(site: HookSite) -> HookSite:
+        return replace(site, shape=(d_vocab,)) if site.shape == (listed,) else site
+
+    return HookMap(map(true_size, hooks), map(true_size, hooks.modules))
+
+
 def repeat_last_layer(hooks: HookMap, n_listed: int, n_layers: int) -> HookMap:
     """Give the sites of the last of `n_listed` layers to every layer up to `n_layers`."""
     block = hooks[f"blocks.{n_listed - 1}.hook_out"].module_path

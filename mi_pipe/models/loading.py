@@ -12,7 +12,7 @@ from torch import nn
 
 from mi_pipe.core.errors import ModelError
 from mi_pipe.core.vocabulary import Vocabulary
-from mi_pipe.models.bridge_sites import has_unknown_parts, map_hooks, probe_tokens, repeat_last_layer
+from mi_pipe.models.bridge_sites import has_unknown_parts, map_hooks, probe_tokens, repeat_last_layer, with_vocabulary
 from mi_pipe.models.device import DType, pick_device, torch_dtype
 from mi_pipe.models.gguf import load_gguf
 from mi_pipe.models.handle import ModelHandle
@@ -24,6 +24,8 @@ from mi_pipe.models.vocabulary import TokenizerVocabulary
 
 # In models with one fused q, k, v projection the parts are told apart by values; these few layers have random ones.
 _FUSED_PROBE_LAYERS = 2
+_FUSED_PROBE_VOCAB = 1009
+"""A prime, so that no other size is likely to be the same."""
 
 
 def load_model(handle: ModelHandle, device: str | None = None, dtype: DType | None = None) -> Model:
@@ -65,10 +67,12 @@ def hooks_of_config(config: Any, name: str) -> tuple[HookMap, ModelInfo]:
         hooks, info = _empty_bridge(config, architecture, "meta")
         if not has_unknown_parts(hooks):
             return hooks, info
-    n_layers = config.num_hidden_layers
-    config.num_hidden_layers = min(n_layers, _FUSED_PROBE_LAYERS)
+    n_layers, d_vocab = config.num_hidden_layers, config.vocab_size
+    config.num_hidden_layers, config.vocab_size = min(n_layers, _FUSED_PROBE_LAYERS), _FUSED_PROBE_VOCAB
+    config.pad_token_id = None
     hooks, info = _empty_bridge(config, architecture, "cpu")
-    return repeat_last_layer(hooks, info.n_layers, n_layers), replace(info, n_layers=n_layers)
+    hooks = with_vocabulary(hooks, _FUSED_PROBE_VOCAB, d_vocab)
+    return repeat_last_layer(hooks, info.n_layers, n_layers), replace(info, n_layers=n_layers, d_vocab=d_vocab)
 
 
 def _empty_bridge(config: Any, architecture: str, device: str) -> tuple[HookMap, ModelInfo]:
