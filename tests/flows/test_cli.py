@@ -136,6 +136,28 @@ def test_show_status_and_verify_tell_of_artifacts(command, recipe, store):
     assert f"mi-pipe repair {name}" in out
 
 
+def test_repair_mends_what_verify_names_and_says_what_it_cannot(command, recipe, store, tmp_path):
+    command("run", str(recipe), "--no-prefect")
+    (name,) = store.published_ids()
+    assert "was whole" in command("repair", name[:20])[1]
+    (store.folder(name) / "tokens.parquet").unlink()
+    (store.folder(name) / "manifest.json").unlink()
+    code, out, _ = command("repair", name)
+    assert code == 0, out
+    assert out.splitlines()[:2] == ["mended: manifest.json", "mended: tokens.parquet"]
+    assert command("verify", name, "--deep")[0] == 0
+    (store.folder(name) / "tokens.parquet").unlink()
+    (tmp_path / "pairs.jsonl").write_text("changed")
+    code, _, err = command("repair", name)
+    assert code == 1
+    assert f"mi-pipe rm {name}" in only_line(err)
+    assert command("repair", "harvest-00")[0] == 2
+    (store.folder(name) / "manifest.json").unlink()
+    store.manifest_copy(name).unlink()
+    assert command("verify", name)[0] == 1
+    assert command("rm", name, "--yes")[0] == 0
+
+
 def test_usage_mistakes_exit_with_2_and_near_names(command):
     assert command("run", "no-such-recipe")[0] == 2
     assert command("run", "tiny", "smollm2")[0] == 2
