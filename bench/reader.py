@@ -8,8 +8,8 @@ for each figure: the median over the rounds, and every round's value. Tokens are
 seconds of the two copies that no shuffling can do without (cache to pool, pool to batch) over those of warm reading;
 other programs on the machine disturb it least.
 `cold_tokens_per_s`, `cold_of_disk`: a new reader once the files are dropped from the cache, and over a sequential read
-of the same files, dropped likewise (`disk_tokens_per_s`). `mates`: rows of the same prompt that a row meets in its batch. `per_cpu_s` is
-tokens a second of CPU time, all threads together: the steadier figure where other programs run.
+of the same files, dropped likewise (`disk_tokens_per_s`). `mates`: rows of the same prompt that a row meets in its
+batch. `per_cpu_s` is tokens a second of CPU time, all threads together: the steadier figure where other programs run.
 """
 
 import argparse
