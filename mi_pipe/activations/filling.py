@@ -41,16 +41,14 @@ class HarvestJob:
     def prepare(self, building: Path, attributes: dict[str, Any]) -> bool:
         """Make the group unless it is there; what another plan left is removed. Say whether that was so.
 
-        `building` is a local folder to make the group in.
+        `building` is a local folder to make the group in. Shards of this plan stay, if it is the group's metadata that
+        cannot be read any more.
         """
         found = plan_of_group(self.place)
         if found == self.plan.hash:
             return False
-        for key in [*self.place.keys(COMMITS_FOLDER)]:
-            self.place.remove(key)
-        for key in [*self.scratch.keys(SUMS_FOLDER)]:
-            self.scratch.remove(key)
-        remove_group(self.place)
+        if found is not None or not self.commits():
+            self._remove_all()
         tokens = self.plan.tokens
         layout = {"plan_hash": self.plan.hash, "hooks": self.hooks, "shard_rows": self.plan.layout.shard_rows}
         sizes = {"n_tokens": self.plan.layout.n_rows, "n_prompts": tokens.n_prompts}
@@ -58,6 +56,13 @@ class HarvestJob:
             self.place, building, self.plan.layout, tokens.row_arrays(), tokens.row_offsets, attributes | layout | sizes
         )
         return found is not None
+
+    def _remove_all(self) -> None:
+        for key in [*self.place.keys(COMMITS_FOLDER)]:
+            self.place.remove(key)
+        for key in [*self.scratch.keys(SUMS_FOLDER)]:
+            self.scratch.remove(key)
+        remove_group(self.place)
 
     def commits(self) -> dict[int, Commit]:
         """Return the records of the shards that are done."""

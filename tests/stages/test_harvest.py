@@ -116,6 +116,21 @@ def test_shards_whose_files_or_records_are_gone_are_made_again(tmp_path, monkeyp
     assert ran == [set(range(n_shards)) - {1, 3, 5}], "sums that are torn are made from the stored rows"
 
 
+@pytest.mark.parametrize("metadata", ["zarr.json", f"{RESIDUAL}/zarr.json"])
+def test_committed_shards_survive_damage_to_the_metadata_of_the_group(tmp_path, monkeypatch, metadata):
+    whole = tree_hashes(harvest_toy(Store(tmp_path / "whole"), LENGTHS))
+    store = Store(tmp_path / "hurt")
+    monkeypatch.setattr(harvest, "finish", lambda *_: (_ for _ in ()).throw(_Stop()))
+    with pytest.raises(_Stop):
+        harvest_toy(store, LENGTHS)
+    monkeypatch.undo()
+    (folder,) = (store.root / "harvest").iterdir()
+    (folder / "activations.zarr" / "zarr.json").write_text("{")
+    (folder / "activations.zarr" / metadata).write_text("{")
+    monkeypatch.setattr(filling, "harvest_shards", lambda *_: pytest.fail("a shard was computed again"))
+    assert tree_hashes(harvest_toy(store, LENGTHS)) == whole
+
+
 def start_child(root):
     """Harvest in a forked process, which costs no imports; return its id."""
     pid = os.fork()
