@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mi_pipe.core.artifact import Artifact
-from mi_pipe.core.atomic import write_bytes
+from mi_pipe.core.atomic import sweep_temporary, write_bytes
 from mi_pipe.core.damage import find_damage
 from mi_pipe.core.errors import ArtifactDamagedError, ConfigError, StageError
 from mi_pipe.core.full_disk import told_if_full
@@ -51,6 +51,7 @@ def repair(name: str, store: Store, progress: Progress | None = None, model: str
     if found.is_whole:
         return Repaired(found.id, "whole")
     with exclusive_lock(store.lock_path(found.id), found.id), told_if_full(store.root, found.id):
+        sweep_temporary(store.folder(found.id))
         if found.manifest is None:
             _restore_manifest(found.id, store)
             mended.append(MANIFEST_NAME)
