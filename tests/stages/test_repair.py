@@ -58,12 +58,11 @@ def a_file_of_each_kind(acts):
     return list({str(Path(name).parent) + Path(name).suffix: name for name in acts.manifest.files}.values())
 
 
-@pytest.mark.parametrize("damage", [flip, os.unlink])
-def test_a_file_of_every_kind_can_be_mended(made, damage):
+def test_a_file_of_every_kind_can_be_mended(made):
     store, acts = made
     whole, manifest = tree_hashes(acts), (acts.path / "manifest.json").read_bytes()
-    for name in [*a_file_of_each_kind(acts), "manifest.json"]:
-        damage(acts.path / name)
+    for i, name in enumerate([*a_file_of_each_kind(acts), "manifest.json"]):
+        (flip, os.unlink)[i % 2](acts.path / name)
         assert not verify(acts.id, store, deep=True).is_whole, name
         done = repair(acts.id, store)
         assert (done.outcome, done.mended) == ("mended", (name,))
