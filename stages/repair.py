@@ -49,6 +49,7 @@ def repair(name: str, store: Store, progress: Progress | None = None, model: str
         return _finish(unfinished, store, progress, model)
     found, mended = verify(name, store, deep=True, progress=progress), list[str]()
     if found.is_whole:
+        _sweep(found.id, store)
         return Repaired(found.id, "whole")
     with exclusive_lock(store.lock_path(found.id), found.id), told_if_full(store.root, found.id):
         sweep_temporary(store.folder(found.id))
@@ -59,6 +60,13 @@ def repair(name: str, store: Store, progress: Progress | None = None, model: str
         if found.manifest is not None and not found.is_whole:
             mended += _mend(found, found.manifest, store, progress, model)
     return Repaired(found.id, "mended", tuple(mended))
+
+
+def _sweep(name: str, store: Store) -> None:
+    """Remove what a repair left that was killed after its last file."""
+    if store.repair_folder(name).exists():
+        with exclusive_lock(store.lock_path(name), name):
+            shutil.rmtree(store.repair_folder(name), ignore_errors=True)
 
 
 def _finish(name: str, store: Store, progress: Progress, model: str | None) -> Repaired:

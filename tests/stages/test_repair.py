@@ -126,6 +126,7 @@ def test_killed_at_random_moments_it_stays_damaged_and_mends_in_the_end(made):
     assert n_kills >= 2
     assert repair(acts.id, store).outcome == "whole"
     assert tree_hashes(acts) == whole
+    assert not store.repair_folder(acts.id).exists()
 
 
 def test_bytes_that_come_out_otherwise_are_not_taken(made, monkeypatch):
