@@ -4,12 +4,11 @@ Writes a store with the harvest's writer, reads it in the ways below in turn, ro
 for each figure: the median over the rounds, and every round's value. Tokens are rows of `--width` float16 values.
 
 `warm_tokens_per_s`: batches as they are stored, from the page cache. `float32_tokens_per_s`: the same, converted.
-`first_epoch_tokens_per_s`: a new reader, with every checksum compared and all memory new. `of_copies`: CPU
-seconds of the two copies that no shuffling can do without (cache to pool, pool to batch) over those of warm reading;
-other programs on the machine disturb it least.
-`cold_tokens_per_s`, `cold_of_disk`: a new reader once the files are dropped from the cache, and over a sequential read
-of the same files, dropped likewise (`disk_tokens_per_s`). `mates`: rows of the same prompt that a row meets in its
-batch. `per_cpu_s` is tokens a second of CPU time, all threads together: the steadier figure where other programs run.
+`first_epoch_tokens_per_s`: a new reader, with every checksum compared and all memory new. `of_copies`: CPU seconds of
+the two copies that no shuffling can do without (cache to pool, pool to batch) over those of warm reading; other
+programs on the machine disturb it least. `cold_tokens_per_s`, `cold_of_disk`: a new reader once the files are dropped
+from the cache, and over a sequential read of the same files, dropped likewise (`disk_tokens_per_s`). `per_cpu_s`:
+tokens a second of CPU time, all threads together. `mates`: rows of the same prompt that a row meets in its batch.
 """
 
 import argparse
