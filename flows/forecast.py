@@ -4,9 +4,7 @@ Rows are exact if the prompts exist, else what their config asks for. Speed come
 own forward pass, where the model is there. What cannot fit is refused with what would make it fit.
 """
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from flows.diagram import Step
@@ -19,6 +17,7 @@ from mi_pipe.activations.probe import tokens_per_s
 from mi_pipe.activations.storage_dtype import numpy_dtype
 from mi_pipe.core.artifact import format_size
 from mi_pipe.core.errors import DiskSpaceError
+from mi_pipe.core.stage import DISK_MARGIN, free_bytes
 from mi_pipe.core.store import Store
 from mi_pipe.models.device import pick_device
 from mi_pipe.models.hook_points import HookMap
@@ -27,7 +26,6 @@ from mi_pipe.prompts.config import PromptConfig
 from mi_pipe.prompts.prompt_set import PromptSet
 from stages.harvest import HarvestConfig
 
-_MARGIN = 1.05
 _TYPICAL_LENGTH = 128
 _LARGEST_STRIDE = 64
 """Keeping every n-th token is offered up to here; beyond, fewer prompts serve better."""
@@ -87,7 +85,7 @@ def check_fit(forecast: Forecast) -> None:
     """Raise DiskSpaceError, with ways to make it fit, if a harvest cannot be stored."""
     if forecast.free_bytes is None:
         return
-    needed = int(forecast.size_bytes * _MARGIN) - forecast.n_stored_bytes
+    needed = int(forecast.size_bytes * DISK_MARGIN) - forecast.n_stored_bytes
     if needed <= forecast.free_bytes:
         return
     ways = ", or with ".join(_ways_to_shrink(forecast, forecast.free_bytes))
@@ -100,7 +98,7 @@ def check_fit(forecast: Forecast) -> None:
 
 def _ways_to_shrink(forecast: Forecast, free_bytes: int) -> list[str]:
     """Return what would make a harvest fit, by the recipe's keys."""
-    usable = (free_bytes + forecast.n_stored_bytes) / _MARGIN
+    usable = (free_bytes + forecast.n_stored_bytes) / DISK_MARGIN
     ways = [f"{int(usable / sum(forecast.row_bytes.values())):,} tokens (prompts.n_tokens)"]
     n_hooks, n_left = len(forecast.row_bytes), int(usable / forecast.size_bytes * len(forecast.row_bytes))
     if n_left:
@@ -147,7 +145,7 @@ def _forecast(step: Step, hooks: HookMap, store: Store) -> Forecast:
         is_exact=is_exact,
         row_bytes={site.name: site.width * itemsize for site in sites},
         n_stored_bytes=0 if remote else stored,
-        free_bytes=None if remote else _free_bytes(store.root),
+        free_bytes=None if remote else free_bytes(store.root),
         place=remote or str(store.root),
     )
 
@@ -171,8 +169,3 @@ def _length(step: Step, store: Store) -> int:
     if isinstance(prompts, PromptSet):
         return max(1, prompts.n_tokens // prompts.n_prompts)
     return getattr(prompts, "window", _TYPICAL_LENGTH)
-
-
-def _free_bytes(root: Path) -> int:
-    existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    return shutil.disk_usage(existing).free

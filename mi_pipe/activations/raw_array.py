@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from mi_pipe.activations.layout import CRC_BYTES, ArrayLayout
-from mi_pipe.activations.row_array import take_rows
+from mi_pipe.activations.row_array import read_rows, require_rows, take_rows
 from mi_pipe.activations.shard_file import crc32c
-from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
+from mi_pipe.activations.storage_dtype import StoreDType
 from mi_pipe.core.checksum import is_same_file
 from mi_pipe.core.errors import ArtifactDamagedError
 from mi_pipe.core.place import OpenFile, Place
@@ -39,15 +39,12 @@ class RawArray:
 
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, "row width"]:
         """Return stored rows `start` to `stop` (exclusive)."""
-        out = np.empty((max(0, stop - start), self.layout.width), numpy_dtype(self.layout.store_dtype))
-        self.read_into(out, start)
-        return out
+        return read_rows(self, start, stop)
 
     def read_into(self, out: Shaped[np.ndarray, "row width"], start: int) -> None:
         """Fill `out` (contiguous, of the stored dtype) with rows from `start` on; raises IndexError outside."""
         stop = start + len(out)
-        if start < 0 or stop > self.n_rows:
-            raise IndexError(f"rows {start} to {stop} of {self.layout.name}, which has {self.n_rows}")
+        require_rows(self, start, stop)
         size, row = self.layout.chunk_rows, start
         while row < stop:
             end = min(stop, (row // self.layout.shard_rows + 1) * self.layout.shard_rows)

@@ -32,6 +32,19 @@ class RowArray(Protocol):
         ...
 
 
+def read_rows(array: RowArray, start: int, stop: int) -> Shaped[np.ndarray, "row width"]:
+    """Return rows `start` to `stop` (exclusive) of an array in memory of their own."""
+    out = np.empty((max(0, stop - start), array.layout.width), numpy_dtype(array.layout.store_dtype))
+    array.read_into(out, start)
+    return out
+
+
+def require_rows(array: RowArray, start: int, stop: int) -> None:
+    """Raise IndexError unless an array has rows `start` to `stop` (exclusive)."""
+    if start < 0 or stop > array.n_rows:
+        raise IndexError(f"rows {start} to {stop} of {array.layout.name}, which has {array.n_rows}")
+
+
 def take_rows(array: RowArray, rows: Int[np.ndarray, " row"]) -> Shaped[np.ndarray, "row width"]:
     """Return rows of an array in any order, repeats allowed; of each chunk, what lies between the wanted rows."""
     rows = np.asarray(rows, np.int64)

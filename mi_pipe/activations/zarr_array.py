@@ -15,8 +15,8 @@ from jaxtyping import Int, Shaped
 from mi_pipe.activations.group import zarr_store
 from mi_pipe.activations.layout import ArrayLayout
 from mi_pipe.activations.raw_array import RawArray
-from mi_pipe.activations.row_array import RowArray, take_rows
-from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
+from mi_pipe.activations.row_array import RowArray, read_rows, require_rows, take_rows
+from mi_pipe.activations.storage_dtype import StoreDType
 from mi_pipe.activations.stored_chunks import StoredChunks
 from mi_pipe.core.errors import ArtifactDamagedError, ConfigError, MiPipeError
 from mi_pipe.core.place import Place
@@ -56,15 +56,12 @@ class ZarrArray:
 
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, "row width"]:
         """Return stored rows `start` to `stop` (exclusive)."""
-        out = np.empty((max(0, stop - start), self.layout.width), numpy_dtype(self.layout.store_dtype))
-        self.read_into(out, start)
-        return out
+        return read_rows(self, start, stop)
 
     def read_into(self, out: Shaped[np.ndarray, "row width"], start: int) -> None:
         """Fill `out` with rows from `start` on; raises IndexError outside."""
         stop = start + len(out)
-        if start < 0 or stop > self.n_rows:
-            raise IndexError(f"rows {start} to {stop} of {self.layout.name}, which has {self.n_rows}")
+        require_rows(self, start, stop)
         self._chunks.require(start, stop)
         size, row = self.layout.chunk_rows, start
         while row < stop:

@@ -25,7 +25,8 @@ from mi_pipe.core.store import Store
 from mi_pipe.core.workspace import Workspace
 
 Outcome = Literal["Cached", "Resumed", "Completed"]
-_DISK_MARGIN = 1.05
+DISK_MARGIN = 1.05
+"""How much more than its estimate a stage has to find free."""
 
 
 @runtime_checkable
@@ -159,11 +160,15 @@ def execute(
         return Result(Artifact(store.folder(name)), outcome, time.monotonic() - started)
 
 
+def free_bytes(root: Path) -> int:
+    """Return the free space of the disk that `root` lies on, or will lie on once it is made."""
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
 def check_disk(root: Path, estimate: Estimate, name: str) -> None:
     """Raise DiskSpaceError if the estimate does not fit on the store's disk."""
-    existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    needed = int(estimate.size_bytes * _DISK_MARGIN)
+    free, needed = free_bytes(root), int(estimate.size_bytes * DISK_MARGIN)
     if needed > free:
         raise DiskSpaceError(
             f"{name} needs {needed / 1e9:.2f} GB in {root} and {free / 1e9:.2f} GB are free. "

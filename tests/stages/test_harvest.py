@@ -93,14 +93,20 @@ def test_stopped_after_any_number_of_batches_it_ends_with_the_same_bytes(tmp_pat
     acts.check()
 
 
-def test_shards_whose_files_or_records_are_gone_are_made_again(tmp_path, monkeypatch):
-    whole = tree_hashes(harvest_toy(Store(tmp_path / "whole"), LENGTHS))
-    store = Store(tmp_path / "hurt")
+def filled_and_unfinished(root, monkeypatch):
+    """Stop a harvest when every shard is committed and nothing else is written; return its store and its folder."""
+    store = Store(root)
     monkeypatch.setattr(harvest, "finish", lambda *_: (_ for _ in ()).throw(_Stop()))
     with pytest.raises(_Stop):
         harvest_toy(store, LENGTHS)
     monkeypatch.undo()
     (folder,) = (store.root / "harvest").iterdir()
+    return store, folder
+
+
+def test_shards_whose_files_or_records_are_gone_are_made_again(tmp_path, monkeypatch):
+    whole = tree_hashes(harvest_toy(Store(tmp_path / "whole"), LENGTHS))
+    store, folder = filled_and_unfinished(tmp_path / "hurt", monkeypatch)
     (folder / "commits/000001.json").write_text('{"shard": 1, "ro')
     (folder / "activations.zarr" / RESIDUAL / "c/3/0").unlink()
     (folder / "activations.zarr" / HEADS / "c/5/0").write_bytes(b"torn")
@@ -119,12 +125,7 @@ def test_shards_whose_files_or_records_are_gone_are_made_again(tmp_path, monkeyp
 @pytest.mark.parametrize("metadata", ["zarr.json", f"{RESIDUAL}/zarr.json"])
 def test_committed_shards_survive_damage_to_the_metadata_of_the_group(tmp_path, monkeypatch, metadata):
     whole = tree_hashes(harvest_toy(Store(tmp_path / "whole"), LENGTHS))
-    store = Store(tmp_path / "hurt")
-    monkeypatch.setattr(harvest, "finish", lambda *_: (_ for _ in ()).throw(_Stop()))
-    with pytest.raises(_Stop):
-        harvest_toy(store, LENGTHS)
-    monkeypatch.undo()
-    (folder,) = (store.root / "harvest").iterdir()
+    store, folder = filled_and_unfinished(tmp_path / "hurt", monkeypatch)
     (folder / "activations.zarr" / "zarr.json").write_text("{")
     (folder / "activations.zarr" / metadata).write_text("{")
     monkeypatch.setattr(filling, "harvest_shards", lambda *_: pytest.fail("a shard was computed again"))
