@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from bench.synthetic_store import HOOK, SyntheticConfig, row_numbers, synthetic_store
-from mi_pipe.activations.gatherer import BatchDType
-from mi_pipe.activations.shuffled import ShuffledReader
 from mi_pipe.activations.store import ActivationStore
+from mi_pipe.activations.training.gatherer import BatchDType
+from mi_pipe.activations.training.shuffled import ShuffledReader
 
 _BATCH_ROWS = 4096
 _POOL_ROWS = 1 << 18

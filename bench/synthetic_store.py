@@ -15,15 +15,16 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int, Shaped
 
-from mi_pipe.activations.batches import Batching
-from mi_pipe.activations.filling import HarvestJob
-from mi_pipe.activations.finishing import finish_store
+from mi_pipe.activations.harvest.batches import Batching
+from mi_pipe.activations.harvest.filling import HarvestJob
+from mi_pipe.activations.harvest.finishing import finish_store
+from mi_pipe.activations.harvest.plan import HarvestPlan
+from mi_pipe.activations.harvest.writer import ShardWriter
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout, chunk_rows_for, shard_rows_for
-from mi_pipe.activations.plan import HarvestPlan, Tokens
 from mi_pipe.activations.row_table import row_table
 from mi_pipe.activations.storage_dtype import numpy_dtype
 from mi_pipe.activations.store import PROMPTS_FILE, ActivationStore
-from mi_pipe.activations.writer import ShardWriter
+from mi_pipe.activations.tokens import Tokens
 from mi_pipe.core.config import Config
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage, execute

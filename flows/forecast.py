@@ -9,11 +9,11 @@ from typing import Any
 
 from flows.diagram import Step
 from flows.planning import Intent
-from mi_pipe.activations.batches import batch_tokens_for
-from mi_pipe.activations.forward import ForwardPass
-from mi_pipe.activations.hook_selection import select_hooks
-from mi_pipe.activations.precision import pick_precision, round_weights
-from mi_pipe.activations.probe import tokens_per_s
+from mi_pipe.activations.harvest.batches import batch_tokens_for
+from mi_pipe.activations.harvest.forward import ForwardPass
+from mi_pipe.activations.harvest.hook_selection import select_hooks
+from mi_pipe.activations.harvest.precision import pick_precision, round_weights
+from mi_pipe.activations.harvest.probe import tokens_per_s
 from mi_pipe.activations.storage_dtype import numpy_dtype
 from mi_pipe.core.artifact import format_size
 from mi_pipe.core.errors import DiskSpaceError

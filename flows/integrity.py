@@ -7,7 +7,7 @@ from mi_pipe.core.artifact import format_size
 from mi_pipe.core.progress import Progress
 from mi_pipe.core.store import Store
 from mi_pipe.verifying import Verification, verify
-from stages.repair import repair
+from stages.repair.repair import repair
 
 DONE, FAILED = 0, 1
 

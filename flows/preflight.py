@@ -6,7 +6,7 @@ from flows.diagram import Step, diagram
 from flows.forecast import Forecast, check_fit, harvest_forecasts
 from flows.planning import Intent, plan
 from flows.recipe import Recipe, load_recipe
-from mi_pipe.activations.hook_selection import select_hooks
+from mi_pipe.activations.harvest.hook_selection import select_hooks
 from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import ModelHandle

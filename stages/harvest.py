@@ -13,22 +13,23 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from mi_pipe.activations.batches import Batching, batch_tokens_for
-from mi_pipe.activations.covariance_choice import CovarianceChoice, with_covariance
-from mi_pipe.activations.fallback import Fallback
-from mi_pipe.activations.filling import HarvestJob
-from mi_pipe.activations.finishing import finish_store
-from mi_pipe.activations.forward import BatchTooLargeError, ForwardPass
-from mi_pipe.activations.hook_selection import array_layouts, at_lengths, check_shard_rows, select_hooks
+from mi_pipe.activations.harvest.batches import Batching, batch_tokens_for
+from mi_pipe.activations.harvest.covariance_choice import CovarianceChoice, with_covariance
+from mi_pipe.activations.harvest.fallback import Fallback
+from mi_pipe.activations.harvest.filling import HarvestJob
+from mi_pipe.activations.harvest.finishing import finish_store
+from mi_pipe.activations.harvest.forward import BatchTooLargeError, ForwardPass
+from mi_pipe.activations.harvest.hook_selection import array_layouts, at_lengths, check_shard_rows, select_hooks
+from mi_pipe.activations.harvest.plan import HarvestPlan
+from mi_pipe.activations.harvest.positions import at_positions, kept_tokens
+from mi_pipe.activations.harvest.precision import Precision, PrecisionChoice, pick_precision, round_weights
+from mi_pipe.activations.harvest.precision_sample import measure_precision
+from mi_pipe.activations.harvest.writer import StorageOverflowError
 from mi_pipe.activations.layout import StoreLayout, shard_rows_for
-from mi_pipe.activations.plan import HarvestPlan, Tokens
-from mi_pipe.activations.positions import at_positions, kept_tokens
-from mi_pipe.activations.precision import Precision, PrecisionChoice, pick_precision, round_weights
-from mi_pipe.activations.precision_sample import measure_precision
 from mi_pipe.activations.row_table import TOKENS_FILE, row_table
 from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
 from mi_pipe.activations.store import PRECISION_FILE, PROMPTS_FILE
-from mi_pipe.activations.writer import StorageOverflowError
+from mi_pipe.activations.tokens import Tokens
 from mi_pipe.core.atomic import write_bytes
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import PromptError

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mi_pipe.activations.finishing import finish_store
-from mi_pipe.activations.hook_selection import check_shard_rows
+from mi_pipe.activations.harvest.finishing import finish_store
+from mi_pipe.activations.harvest.hook_selection import check_shard_rows
 from mi_pipe.activations.storage_dtype import StoreDType
 from mi_pipe.activations.store import PRECISION_FILE, PROMPTS_FILE
 from mi_pipe.core.canonical import file_sha256

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mi_pipe.activations.shuffled import ShuffledReader
 from mi_pipe.activations.store import ActivationStore
+from mi_pipe.activations.training.shuffled import ShuffledReader
 from mi_pipe.core import atomic
 from mi_pipe.core.errors import HookPointError, near_names
 from mi_pipe.core.manifest import Scalar

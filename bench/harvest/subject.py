@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from bench.harvest.clock import Speed, timed
-from mi_pipe.activations.fallback import Fallback
-from mi_pipe.activations.filling import HarvestJob
-from mi_pipe.activations.finishing import finish_store
-from mi_pipe.activations.forward import ForwardPass
-from mi_pipe.activations.precision import computing, pick_precision, round_weights
+from mi_pipe.activations.harvest.fallback import Fallback
+from mi_pipe.activations.harvest.filling import HarvestJob
+from mi_pipe.activations.harvest.finishing import finish_store
+from mi_pipe.activations.harvest.forward import ForwardPass
+from mi_pipe.activations.harvest.precision import computing, pick_precision, round_weights
 from mi_pipe.activations.row_table import row_table
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.models.device import pick_device

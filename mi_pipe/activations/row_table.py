@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool
 
-from mi_pipe.activations.plan import Tokens
+from mi_pipe.activations.tokens import Tokens
 from mi_pipe.core.atomic import atomic_path
 
 TOKENS_FILE = "tokens.parquet"

@@ -13,10 +13,10 @@ import numpy as np
 
 from mi_pipe.activations.commits import COMMITS_FOLDER, Commit, committed
 from mi_pipe.activations.group import create_group, plan_of_group, remove_group
+from mi_pipe.activations.harvest.sums_file import SUMS_FOLDER
+from mi_pipe.activations.harvest.writer import ShardWriter
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout, chunk_rows_for, shard_rows_for
 from mi_pipe.activations.storage_dtype import as_stored, numpy_dtype, torch_store_dtype
-from mi_pipe.activations.sums_file import SUMS_FOLDER
-from mi_pipe.activations.writer import ShardWriter
 from mi_pipe.core.canonical import content_hash
 from mi_pipe.core.place import Place
 from mi_pipe.export.source import Source

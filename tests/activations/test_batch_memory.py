@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from mi_pipe.activations.batch_memory import BatchMemory
+from mi_pipe.activations.training.batch_memory import BatchMemory
 
 SHAPES = {"a": (5, 3), "b": (5, 7)}
 

@@ -7,8 +7,8 @@ import xarray as xr
 from torch import nn
 
 import mi_pipe
-from mi_pipe.activations.capture import capture
-from mi_pipe.activations.item_pass import ItemPass
+from mi_pipe.activations.harvest.capture import capture
+from mi_pipe.activations.harvest.item_pass import ItemPass
 from mi_pipe.core.errors import ConfigError, HookPointError, StageError
 from mi_pipe.core.store import Store
 from tests.activations.harvests import tree_hashes

@@ -8,8 +8,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from mi_pipe.activations.covariance import merged, shard_scatter, without
-from mi_pipe.activations.covariance_choice import with_covariance
-from mi_pipe.activations.scatter_files import ScatterFiles
+from mi_pipe.activations.harvest.covariance_choice import with_covariance
+from mi_pipe.activations.harvest.scatter_files import ScatterFiles
 from mi_pipe.activations.statistics import shard_sums
 from mi_pipe.activations.storage_dtype import as_stored, decode, torch_store_dtype
 from mi_pipe.core.place import LocalPlace

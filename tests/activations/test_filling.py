@@ -4,10 +4,10 @@ import threading
 
 import pytest
 
-from mi_pipe.activations import writer
-from mi_pipe.activations.fallback import Fallback
-from mi_pipe.activations.forward import ForwardPass
 from mi_pipe.activations.group import GROUP_NAME
+from mi_pipe.activations.harvest import writer
+from mi_pipe.activations.harvest.fallback import Fallback
+from mi_pipe.activations.harvest.forward import ForwardPass
 from mi_pipe.core.errors import StageError
 from mi_pipe.core.place import LocalPlace
 from mi_pipe.models.source import load_source

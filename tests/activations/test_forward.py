@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mi_pipe.activations.forward import ForwardPass
-from mi_pipe.activations.hook_selection import array_layouts, at_lengths, select_hooks
-from mi_pipe.activations.plan import Batch
-from mi_pipe.activations.precision import pick_precision, round_weights
+from mi_pipe.activations.harvest.forward import ForwardPass
+from mi_pipe.activations.harvest.hook_selection import array_layouts, at_lengths, select_hooks
+from mi_pipe.activations.harvest.plan import Batch
+from mi_pipe.activations.harvest.precision import pick_precision, round_weights
 from mi_pipe.core.errors import HookPointError
 from mi_pipe.models.device import multiplies_bfloat16
 from mi_pipe.models.loading import load_model, wrap_hf_model

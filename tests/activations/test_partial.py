@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import mi_pipe
-from mi_pipe.activations.forward import ForwardPass
+from mi_pipe.activations.harvest.forward import ForwardPass
 from mi_pipe.activations.partial import PartialStore
-from mi_pipe.activations.shuffled import ShuffledReader
+from mi_pipe.activations.training.shuffled import ShuffledReader
 from mi_pipe.core.errors import ArtifactDamagedError, ArtifactIncompleteError, ArtifactNotFoundError
 from mi_pipe.core.store import Store
 from tests.activations.harvests import HEADS, RESIDUAL, harvest_toy

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_pipe.activations.batches import Batching
+from mi_pipe.activations.harvest.batches import Batching
+from mi_pipe.activations.harvest.plan import HarvestPlan
+from mi_pipe.activations.harvest.positions import kept_tokens
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout
-from mi_pipe.activations.plan import HarvestPlan, Tokens
-from mi_pipe.activations.positions import kept_tokens
+from mi_pipe.activations.tokens import Tokens
 
 
 def make_plan(lengths, shard_rows=16, batch_tokens=24, bos_id=0, keep_bos=False, seed=0, may_pad=True, halvings=0):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mi_pipe.activations.positions import at_positions, kept_tokens
+from mi_pipe.activations.harvest.positions import at_positions, kept_tokens
 from mi_pipe.core.errors import ConfigError
 
 LENGTHS = [5, 0, 3, 1, 9]

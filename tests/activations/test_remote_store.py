@@ -76,7 +76,7 @@ def test_interrupted_and_through_a_bad_network_it_ends_with_the_same_digest(
     url, faults = faulty_bucket
     faults.share_500, faults.delay_s = 0.05, 0.005
     store, budget = Store(tmp_path / "elsewhere"), [9]
-    from mi_pipe.activations.forward import ForwardPass
+    from mi_pipe.activations.harvest.forward import ForwardPass
 
     original = ForwardPass.start
 

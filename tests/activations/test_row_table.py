@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mi_pipe.activations import row_table as module
-from mi_pipe.activations.plan import Tokens
 from mi_pipe.activations.row_table import row_table, write_row_table
+from mi_pipe.activations.tokens import Tokens
 
 
 def tokens_of(lengths, share, seed=0):

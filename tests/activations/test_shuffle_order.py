@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_pipe.activations.shuffle_order import ShuffleOrder
+from mi_pipe.activations.training.shuffle_order import ShuffleOrder
 
 
 def random(*stream):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mi_pipe.activations.shuffled import ShuffledReader
+from mi_pipe.activations.training.shuffled import ShuffledReader
 from mi_pipe.core.errors import ArtifactDamagedError, ConfigError, HookPointError
 from mi_pipe.core.store import Store
 from tests.activations.harvests import HEADS, RESIDUAL, harvest_toy

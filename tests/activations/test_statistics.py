@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mi_pipe.activations.precision import precision_error
+from mi_pipe.activations.harvest.precision import precision_error
 from mi_pipe.activations.statistics import HookStatistics, combine, massive_threshold, shard_sums
 from mi_pipe.activations.storage_dtype import as_stored, decode, torch_store_dtype
 

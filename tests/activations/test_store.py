@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mi_pipe
-from mi_pipe.activations.forward import ForwardPass
+from mi_pipe.activations.harvest.forward import ForwardPass
 from mi_pipe.core.errors import ArtifactDamagedError, ConfigError, HookPointError
 from mi_pipe.core.store import Store
 from tests.activations.harvests import HEADS, RESIDUAL, harvest_toy

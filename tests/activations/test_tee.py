@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mi_pipe.activations.tee import tee
+from mi_pipe.activations.training.tee import tee
 
 
 def counting(n, made):

@@ -5,7 +5,7 @@ import pytest
 import zarr
 
 from mi_pipe.activations.raw_array import RawArray
-from mi_pipe.activations.shuffled import ShuffledReader
+from mi_pipe.activations.training.shuffled import ShuffledReader
 from mi_pipe.activations.zarr_array import ZarrArray, open_row_array
 from mi_pipe.core.errors import ArtifactDamagedError, ConfigError
 from mi_pipe.core.place import LocalPlace

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mi_pipe
-from mi_pipe.activations.capture import capture
+from mi_pipe.activations.harvest.capture import capture
 from mi_pipe.core.errors import ArtifactDamagedError, ConfigError, DiskSpaceError, HookPointError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import mi_pipe
-from mi_pipe.activations.writer import ShardWriter, StorageOverflowError
+from mi_pipe.activations.harvest.writer import ShardWriter, StorageOverflowError
 from mi_pipe.core.errors import ConfigError, StageError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
@@ -137,7 +137,7 @@ def test_the_store_is_like_a_harvests(tmp_path, tokens):
 
 
 def test_training_batches_come_from_it(tmp_path, tokens):
-    from mi_pipe.activations.shuffled import ShuffledReader
+    from mi_pipe.activations.training.shuffled import ShuffledReader
 
     files, hooks = as_npy(tmp_path, "float32")
     acts = bring(Store(tmp_path / "store"), *files, hooks=hooks, tokens=tokens)

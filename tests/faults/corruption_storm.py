@@ -25,7 +25,7 @@ import torch
 
 import mi_pipe
 from mi_pipe.activations import layout
-from mi_pipe.activations.shuffled import ShuffledReader
+from mi_pipe.activations.training.shuffled import ShuffledReader
 from mi_pipe.core import checksum
 from mi_pipe.core.errors import ArtifactDamagedError, MiPipeError
 from mi_pipe.core.manifest import MANIFEST_NAME

@@ -31,10 +31,10 @@ import torch
 
 from mi_pipe.activations import layout
 from mi_pipe.activations.commits import COMMITS_FOLDER, read_commit
-from mi_pipe.activations.fallback import Fallback
-from mi_pipe.activations.filling import HarvestJob
-from mi_pipe.activations.forward import ForwardPass
 from mi_pipe.activations.group import GROUP_NAME
+from mi_pipe.activations.harvest.fallback import Fallback
+from mi_pipe.activations.harvest.filling import HarvestJob
+from mi_pipe.activations.harvest.forward import ForwardPass
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.checksum import matches
 from mi_pipe.core.place import LocalPlace

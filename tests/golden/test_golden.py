@@ -16,11 +16,11 @@ from safetensors import safe_open
 import mi_pipe
 from mi_pipe.activations.commits import commit_name
 from mi_pipe.activations.group import GROUP_NAME, PROMPT_OFFSET, ROW_ARRAYS, SCHEMA, create_group
+from mi_pipe.activations.harvest.writer import ShardWriter
 from mi_pipe.activations.layout import StoreLayout
-from mi_pipe.activations.plan import Tokens
 from mi_pipe.activations.raw_array import read_array_layout
 from mi_pipe.activations.row_table import row_table, write_row_table
-from mi_pipe.activations.writer import ShardWriter
+from mi_pipe.activations.tokens import Tokens
 from mi_pipe.core.manifest import Manifest, parse_manifest
 from mi_pipe.core.place import LocalPlace
 from mi_pipe.verifying import verify

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from mi_pipe.activations import filling
-from mi_pipe.activations.forward import ForwardPass
+from mi_pipe.activations.harvest import filling
+from mi_pipe.activations.harvest.forward import ForwardPass
+from mi_pipe.activations.harvest.writer import StorageOverflowError
 from mi_pipe.activations.store import ActivationStore
-from mi_pipe.activations.writer import StorageOverflowError
 from mi_pipe.core.errors import ConfigError, HookPointError, PromptError, StageError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mi_pipe.activations.forward import BatchTooLargeError, ForwardPass
+from mi_pipe.activations.harvest.forward import BatchTooLargeError, ForwardPass
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store

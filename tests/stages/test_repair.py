@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mi_pipe
-from mi_pipe.activations.collecting import PendingRows
-from mi_pipe.activations.forward import ForwardPass
+from mi_pipe.activations.harvest.collecting import PendingRows
+from mi_pipe.activations.harvest.forward import ForwardPass
 from mi_pipe.core.errors import ArtifactIncompleteError, ArtifactLockedError, ModelError, StageError
 from mi_pipe.core.lock import exclusive_lock
 from mi_pipe.core.manifest import read_manifest, write_manifest
@@ -21,7 +21,7 @@ from mi_pipe.core.store import Store
 from mi_pipe.models.handle import resolve_model
 from mi_pipe.verifying import verify
 from stages import harvest, heads
-from stages.repair import repair
+from stages.repair.repair import repair
 from tests.activations.harvests import HEADS, RESIDUAL, harvest_toy, tree_hashes
 from tests.models.tiny import save_tiny_llama
 

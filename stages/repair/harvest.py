@@ -9,11 +9,11 @@ import json
 from typing import Any
 
 from mi_pipe.activations.commits import Commit, commit_name, read_commit, write_commit
-from mi_pipe.activations.fallback import Fallback
-from mi_pipe.activations.filling import HarvestJob
-from mi_pipe.activations.forward import ForwardPass
 from mi_pipe.activations.group import GROUP_NAME
-from mi_pipe.activations.plan import HarvestPlan
+from mi_pipe.activations.harvest.fallback import Fallback
+from mi_pipe.activations.harvest.filling import HarvestJob
+from mi_pipe.activations.harvest.forward import ForwardPass
+from mi_pipe.activations.harvest.plan import HarvestPlan
 from mi_pipe.activations.row_table import TOKENS_FILE
 from mi_pipe.activations.store import PRECISION_FILE, PROMPTS_FILE, STATISTICS_FILE
 from mi_pipe.core.artifact import Artifact

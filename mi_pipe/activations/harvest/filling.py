@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mi_pipe.activations.commits import COMMITS_FOLDER, Commit, committed
-from mi_pipe.activations.forward import RowSource
 from mi_pipe.activations.group import create_group, plan_of_group, remove_group
-from mi_pipe.activations.harvester import harvest_shards
-from mi_pipe.activations.plan import HarvestPlan
-from mi_pipe.activations.sums_file import SUMS_FOLDER
-from mi_pipe.activations.writer import ShardWriter
+from mi_pipe.activations.harvest.forward import RowSource
+from mi_pipe.activations.harvest.harvester import harvest_shards
+from mi_pipe.activations.harvest.plan import HarvestPlan
+from mi_pipe.activations.harvest.sums_file import SUMS_FOLDER
+from mi_pipe.activations.harvest.writer import ShardWriter
 from mi_pipe.core.place import Place
 
 

@@ -17,11 +17,11 @@ from jaxtyping import Shaped
 from mi_pipe.activations.commits import Commit, commit_name, committed, conflict_text, write_commit
 from mi_pipe.activations.covariance import shard_scatter
 from mi_pipe.activations.group import GROUP_NAME
+from mi_pipe.activations.harvest.scatter_files import ScatterFiles, is_worth_keeping
+from mi_pipe.activations.harvest.sums_file import write_sums
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout
-from mi_pipe.activations.scatter_files import ScatterFiles, is_worth_keeping
 from mi_pipe.activations.shard_file import ShardBuffer
 from mi_pipe.activations.statistics import ShardSums, shard_sums
-from mi_pipe.activations.sums_file import write_sums
 from mi_pipe.core.errors import StageError
 from mi_pipe.core.place import Place
 

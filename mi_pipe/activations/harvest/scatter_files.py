@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from mi_pipe.activations.covariance import Scatter, merged
+from mi_pipe.activations.harvest.sums_file import SUMS_FOLDER
 from mi_pipe.activations.layout import ArrayLayout
-from mi_pipe.activations.sums_file import SUMS_FOLDER
 from mi_pipe.core.place import Place
 
 _Node: TypeAlias = tuple[int, int]

@@ -21,16 +21,17 @@ from jaxtyping import Shaped
 from pydantic import Field
 from torch import Tensor, nn
 
-from mi_pipe.activations.batches import Batching
-from mi_pipe.activations.filling import HarvestJob
-from mi_pipe.activations.finishing import finish_store
-from mi_pipe.activations.hook_selection import array_layouts, check_shard_rows, select_hooks
-from mi_pipe.activations.item_pass import ItemPass
+from mi_pipe.activations.harvest.batches import Batching
+from mi_pipe.activations.harvest.filling import HarvestJob
+from mi_pipe.activations.harvest.finishing import finish_store
+from mi_pipe.activations.harvest.hook_selection import array_layouts, check_shard_rows, select_hooks
+from mi_pipe.activations.harvest.item_pass import ItemPass
+from mi_pipe.activations.harvest.plan import HarvestPlan
 from mi_pipe.activations.layout import StoreLayout, shard_rows_for
-from mi_pipe.activations.plan import HarvestPlan, Tokens
 from mi_pipe.activations.row_table import row_table
 from mi_pipe.activations.storage_dtype import StoreDType, numpy_dtype
 from mi_pipe.activations.store import PRECISION_FILE, PROMPTS_FILE, ActivationStore
+from mi_pipe.activations.tokens import Tokens
 from mi_pipe.core.canonical import ID_DIGITS
 from mi_pipe.core.config import Config
 from mi_pipe.core.errors import ConfigError

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from mi_pipe.activations.collecting import Collector, LastValueReachedError, PendingRows
-from mi_pipe.activations.forward import within_memory
-from mi_pipe.activations.plan import Batch
+from mi_pipe.activations.harvest.collecting import Collector, LastValueReachedError, PendingRows
+from mi_pipe.activations.harvest.forward import within_memory
+from mi_pipe.activations.harvest.plan import Batch
 from mi_pipe.activations.storage_dtype import StoreDType, torch_store_dtype
 from mi_pipe.core.errors import StageError
 from mi_pipe.models.hook_points import HookSite

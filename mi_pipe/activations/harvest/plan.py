@@ -1,84 +1,27 @@
 """The plan of a harvest: which token becomes which row, and which prompts are run together; fixed before any work.
 
-Rows are the kept tokens in prompt order. Batches (mi_pipe/activations/batches.py) are fixed too, because what is run
-together changes the last bits: shard i is a pure function of (plan, i), and a batch whose rows lie in two shards is run
-whole for each, or carried over when they are done one after the other. A plan that did not fit into memory has its
+Rows are the kept tokens in prompt order. Batches (mi_pipe/activations/harvest/batches.py) are fixed too, because what
+is run together changes the last bits: shard i is a pure function of (plan, i), and a batch whose rows lie in two shards
+is run whole for each, or carried over when they are done one after the other. A plan that did not fit into memory has its
 batches halved, all of them, and is another plan.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from mi_pipe.activations.batches import Batching, form_batches
+from mi_pipe.activations.harvest.batches import Batching, form_batches
 from mi_pipe.activations.layout import StoreLayout
+from mi_pipe.activations.tokens import Tokens
 from mi_pipe.core.canonical import content_hash
 
 BATCH_RULE = 2
 """Counted up when other prompts are put together than before, so that no harvest goes on in the middle."""
 _SAMPLE_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Prompts as arrays: prompt p is `ids[offsets[p]:offsets[p + 1]]`; `kept` says which tokens become rows."""
-
-    ids: Int[np.ndarray, " token"]
-    offsets: Int[np.ndarray, " boundary"]
-    kept: Bool[np.ndarray, " token"]
-
-    @property
-    def n_prompts(self) -> int:
-        """Number of prompts."""
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> Int[np.ndarray, " prompt"]:
-        """Tokens of each prompt."""
-        return np.diff(self.offsets)
-
-    @cached_property
-    def row_offsets(self) -> Int[np.ndarray, " boundary"]:
-        """Where each prompt's rows begin, and where the last prompt's end; int64."""
-        return np.concatenate([[0], np.cumsum(self.kept, dtype=np.int64)])[self.offsets]
-
-    @property
-    def n_rows(self) -> int:
-        """Number of kept tokens."""
-        return int(self.row_offsets[-1])
-
-    def places(self, start: int, stop: int) -> Int[np.ndarray, " row"]:
-        """Return where among all tokens the rows `start` to `stop` are."""
-        first = int(np.searchsorted(self.row_offsets, start, "right")) - 1
-        last = int(np.searchsorted(self.row_offsets, stop, "left"))
-        begin = int(self.offsets[first])
-        found = begin + np.flatnonzero(self.kept[begin : self.offsets[last]])
-        skipped = start - int(self.row_offsets[first])
-        return found[skipped : skipped + stop - start]
-
-    def labels(self, places: Int[np.ndarray, " row"]) -> dict[str, Int[np.ndarray, " row"]]:
-        """Return token_id, prompt_idx and pos of the tokens at some places, int32."""
-        prompt_idx = np.searchsorted(self.offsets, places, "right") - 1
-        return {
-            "token_id": self.ids[places],
-            "prompt_idx": prompt_idx.astype(np.int32),
-            "pos": (places - self.offsets[prompt_idx]).astype(np.int32),
-        }
-
-    def row_arrays(self) -> dict[str, Int[np.ndarray, " row"]]:
-        """Return token_id, prompt_idx and pos of every row, int32."""
-        prompt_idx = np.repeat(np.arange(self.n_prompts, dtype=np.int32), self.lengths)
-        pos = np.arange(len(self.ids), dtype=np.int64) - np.repeat(self.offsets[:-1], self.lengths)
-        return {
-            "token_id": self.ids[self.kept],
-            "prompt_idx": prompt_idx[self.kept],
-            "pos": pos[self.kept].astype(np.int32),
-        }
 
 
 @dataclass(frozen=True)

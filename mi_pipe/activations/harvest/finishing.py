@@ -8,10 +8,10 @@ from jaxtyping import Bool
 
 from mi_pipe.activations.commits import Commit
 from mi_pipe.activations.group import GROUP_NAME
+from mi_pipe.activations.harvest.totals import totals
 from mi_pipe.activations.layout import StoreLayout
 from mi_pipe.activations.row_table import TOKENS_FILE, write_row_table
 from mi_pipe.activations.store import STATISTICS_FILE
-from mi_pipe.activations.totals import totals
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.place import Place
 from mi_pipe.core.workspace import Workspace

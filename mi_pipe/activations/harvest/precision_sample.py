@@ -5,11 +5,11 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Shaped
 
-from mi_pipe.activations.forward import ForwardPass
-from mi_pipe.activations.plan import HarvestPlan
-from mi_pipe.activations.precision import Precision, PrecisionError, precision_error
+from mi_pipe.activations.harvest.forward import ForwardPass
+from mi_pipe.activations.harvest.plan import HarvestPlan
+from mi_pipe.activations.harvest.precision import Precision, PrecisionError, precision_error
+from mi_pipe.activations.harvest.writer import StorageOverflowError
 from mi_pipe.activations.storage_dtype import StoreDType, decode
-from mi_pipe.activations.writer import StorageOverflowError
 from mi_pipe.models.model import Model
 
 Rows = dict[str, Shaped[np.ndarray, "row width"]]

@@ -10,10 +10,10 @@ from collections.abc import Callable, Container, Iterator
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from mi_pipe.activations.collecting import PendingRows
-from mi_pipe.activations.forward import RowSource
-from mi_pipe.activations.plan import HarvestPlan
-from mi_pipe.activations.writer import Buffers, ShardWriter
+from mi_pipe.activations.harvest.collecting import PendingRows
+from mi_pipe.activations.harvest.forward import RowSource
+from mi_pipe.activations.harvest.plan import HarvestPlan
+from mi_pipe.activations.harvest.writer import Buffers, ShardWriter
 
 BatchRows = tuple[Int[np.ndarray, " row"], dict[str, Shaped[np.ndarray, "row width"]]]
 

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from mi_pipe.activations.collecting import Collector, LastValueReachedError, PendingRows
-from mi_pipe.activations.plan import Batch
-from mi_pipe.activations.precision import Precision, computing
+from mi_pipe.activations.harvest.collecting import Collector, LastValueReachedError, PendingRows
+from mi_pipe.activations.harvest.plan import Batch
+from mi_pipe.activations.harvest.precision import Precision, computing
 from mi_pipe.activations.storage_dtype import StoreDType, torch_store_dtype
 from mi_pipe.core.errors import StageError
 from mi_pipe.models.lean import lean

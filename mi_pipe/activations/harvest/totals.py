@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from mi_pipe.activations.covariance import Scatter, shard_scatter, without
+from mi_pipe.activations.harvest.scatter_files import ScatterFiles
+from mi_pipe.activations.harvest.sums_file import read_sums
 from mi_pipe.activations.layout import ArrayLayout, StoreLayout
 from mi_pipe.activations.raw_array import RawArray
-from mi_pipe.activations.scatter_files import ScatterFiles
 from mi_pipe.activations.statistics import HookStatistics, ShardSums, combine, massive_threshold, shard_sums
 from mi_pipe.activations.storage_dtype import decode
-from mi_pipe.activations.sums_file import read_sums
 from mi_pipe.core.place import Place
 
 

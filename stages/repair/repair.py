@@ -23,8 +23,8 @@ from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.verifying import Verification, verify
-from stages.harvest_repair import mend_harvest
-from stages.remaking import Made, made_by
+from stages.repair.harvest import mend_harvest
+from stages.repair.remaking import Made, made_by
 
 
 @dataclass(frozen=True)

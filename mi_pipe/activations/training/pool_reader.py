@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from mi_pipe.activations.row_array import RowArray
-from mi_pipe.activations.shuffle_order import Segment, ShuffleOrder
 from mi_pipe.activations.storage_dtype import numpy_dtype
+from mi_pipe.activations.training.shuffle_order import Segment, ShuffleOrder
 
 Rows = dict[str, Shaped[np.ndarray, "row width"]]
 

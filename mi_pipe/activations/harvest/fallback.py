@@ -11,10 +11,10 @@ import logging
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from mi_pipe.activations.forward import BatchTooLargeError
-from mi_pipe.activations.plan import HarvestPlan
+from mi_pipe.activations.harvest.forward import BatchTooLargeError
+from mi_pipe.activations.harvest.plan import HarvestPlan
+from mi_pipe.activations.harvest.writer import StorageOverflowError
 from mi_pipe.activations.storage_dtype import StoreDType
-from mi_pipe.activations.writer import StorageOverflowError
 from mi_pipe.core.atomic import write_json
 
 FALLBACK_FILE = "fallback.json"

@@ -4,8 +4,8 @@ import time
 
 import numpy as np
 
-from mi_pipe.activations.forward import ForwardPass
-from mi_pipe.activations.plan import Batch
+from mi_pipe.activations.harvest.forward import ForwardPass
+from mi_pipe.activations.harvest.plan import Batch
 
 _WARM_UP = 1
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mi_pipe.activations.batch_memory import Batch, BatchMemory, Slot
-from mi_pipe.activations.pool_reader import Pool
 from mi_pipe.activations.storage_dtype import StoreDType, as_stored, torch_store_dtype
+from mi_pipe.activations.training.batch_memory import Batch, BatchMemory, Slot
+from mi_pipe.activations.training.pool_reader import Pool
 
 BatchDType = Literal["float32", "stored"]
 

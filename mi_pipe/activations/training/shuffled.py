@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from mi_pipe.activations.batch_memory import Batch
-from mi_pipe.activations.gatherer import BatchDType, BatchGatherer
-from mi_pipe.activations.pool_reader import PoolReader
-from mi_pipe.activations.prefetch import in_background
 from mi_pipe.activations.row_array import RowArray
-from mi_pipe.activations.shuffle_order import ShuffleOrder
 from mi_pipe.activations.storage_dtype import StoreDType
-from mi_pipe.activations.tee import tee
+from mi_pipe.activations.training.batch_memory import Batch
+from mi_pipe.activations.training.gatherer import BatchDType, BatchGatherer
+from mi_pipe.activations.training.pool_reader import PoolReader
+from mi_pipe.activations.training.prefetch import in_background
+from mi_pipe.activations.training.shuffle_order import ShuffleOrder
+from mi_pipe.activations.training.tee import tee
 from mi_pipe.core.canonical import ID_DIGITS, content_hash
 from mi_pipe.core.errors import ConfigError
 from mi_pipe.core.place import LocalPlace

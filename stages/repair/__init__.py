@@ -1,0 +1,1 @@
+"""Mending damaged artifacts by making again just what is damaged."""
