@@ -2,8 +2,8 @@
 
 Rows are the kept tokens in prompt order. Batches (mi_pipe/activations/harvest/batches.py) are fixed too, because what
 is run together changes the last bits: shard i is a pure function of (plan, i), and a batch whose rows lie in two shards
-is run whole for each, or carried over when they are done one after the other. A plan that did not fit into memory has its
-batches halved, all of them, and is another plan.
+is run whole for each, or carried over when they are done one after the other. A plan that did not fit into memory has
+its batches halved, all of them, and is another plan.
 """
 
 import hashlib
