@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mi_pipe.activations.prompt_agreement import check_prompts
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.activations.training.shuffled import ShuffledReader
 from mi_pipe.core import atomic
@@ -32,7 +33,7 @@ from mi_pipe.models.source import ModelSource, load_source
 from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.saes.checkpoint import Checkpoint, drop_checkpoint, load_checkpoint, save_checkpoint
 from mi_pipe.saes.config import TrainSAEsConfig
-from mi_pipe.saes.held_out import HeldOut
+from mi_pipe.saes.held_out import HeldOut, InModel
 from mi_pipe.saes.kernels import Precision, pick_precision
 from mi_pipe.saes.normalisation import Normaliser
 from mi_pipe.saes.sae import SAE
@@ -56,10 +57,10 @@ _EVALUATION_COLUMNS = [
 
 @dataclass(frozen=True)
 class Inputs:
-    """What SAEs are trained on, and the model and prompts to evaluate them in."""
+    """What SAEs are trained on, and the model and prompts to evaluate them in, where both are known."""
 
-    model: ModelSource
-    prompts: PromptSet
+    model: ModelSource | None
+    prompts: PromptSet | None
     activations: ActivationStore
 
 
@@ -96,7 +97,7 @@ def run(config: TrainSAEsConfig, inputs: Inputs, work: Workspace) -> dict[str, S
     specs = plan_sweep(config, inputs.activations)
     by_hook = {hook: list(group) for hook, group in itertools.groupby(specs, key=lambda spec: spec.hook)}
     device = pick_device(config.device)
-    held_out = HeldOut(inputs.activations, inputs.prompts, config, lambda: load_source(inputs.model, str(device)))
+    held_out = _held_out(config, inputs, device)
     trainings = [_HookTraining(config, inputs, work, held_out, group) for group in by_hook.values()]
     work.ledger.expect(len(trainings) * (_n_units(config) + 1) + len(specs))
     curves = [row for training in trainings for row in training.finish()]
@@ -109,6 +110,20 @@ def run(config: TrainSAEsConfig, inputs: Inputs, work: Workspace) -> dict[str, S
     rows = [{**_evaluate(spec, work, held_out, device), "dead_fraction": dead[spec.name]} for spec in specs]
     work.write_table(EVALUATION_FILE, pd.DataFrame(rows, columns=_EVALUATION_COLUMNS))
     return _summary(rows)
+
+
+def _held_out(config: TrainSAEsConfig, inputs: Inputs, device: torch.device) -> HeldOut:
+    """Return the held-out side; raises ConfigError if the rows are no tokens of the prompts."""
+    model, prompts = inputs.model, inputs.prompts
+    if prompts is not None:
+        check_prompts(inputs.activations, prompts)
+    if model is None or prompts is None:
+        missing = " and ".join(name for name, value in (("model", model), ("prompts", prompts)) if value is None)
+        logger.warning(
+            "%s: no %s: cross-entropy with the SAEs in the model is not measured", inputs.activations.id, missing
+        )
+        return HeldOut(inputs.activations, config, None)
+    return HeldOut(inputs.activations, config, InModel(prompts, lambda: load_source(model, str(device))))
 
 
 def _evaluate(spec: SAESpec, work: Workspace, held_out: HeldOut, device: torch.device) -> dict[str, Any]:

@@ -34,18 +34,24 @@ class _Baseline:
     ce_zero: float
 
 
+@dataclass(frozen=True)
+class InModel:
+    """What it takes to run SAEs within the model."""
+
+    prompts: PromptSet
+    load_model: Callable[[], Model]
+    """Called once, when the model is first needed."""
+
+
 class HeldOut:
     """The held-out rows and prompts of a store."""
 
-    def __init__(
-        self, store: ActivationStore, prompts: PromptSet, config: TrainSAEsConfig, load_model: Callable[[], Model]
-    ) -> None:
-        """Evaluate on `store` and `prompts`; `load_model` is called once, when a model is first needed."""
+    def __init__(self, store: ActivationStore, config: TrainSAEsConfig, in_model: InModel | None) -> None:
+        """Evaluate on rows of `store`, and `in_model` where that is known."""
         self._store = store
-        self._prompts = prompts
+        self._in_model = in_model
         self._asked = config.evaluation
         _, self._is_held_out = store.prompt_split(config.data.held_out_fraction, config.data.split_seed)
-        self._load_model = load_model
         self._model: Model | None = None
         self._baselines: dict[str, _Baseline] = {}
 
@@ -58,16 +64,16 @@ class HeldOut:
         return torch.from_numpy(self._store.take(hook, self.rows(hook, n_rows)))
 
     def evaluate(self, sae: SAE) -> dict[str, Any]:
-        """Return metrics on held-out rows, and in the model (NaN if no prompts are asked for)."""
+        """Return metrics on held-out rows, and in the model (NaN if no prompts are asked for or known)."""
         figures = evaluate_rows(sae, self._batches(sae.hook))
         return {**dataclasses.asdict(figures), **self._splice(sae)}
 
-    def prompt_batches(self, hook: str, bos_id: int | None) -> list[PromptBatch]:
+    def prompt_batches(self, hook: str, prompts: PromptSet, bos_id: int | None) -> list[PromptBatch]:
         """Return held-out prompts, marked where the store has a row that is neither massive nor BOS."""
         usable = self._is_held_out & ~self._store.massive(hook)
         prompt_idx, pos = self._store.prompt_idx, self._store.pos
         chosen = _spread(np.unique(prompt_idx[self._is_held_out]), self._asked.n_prompts)
-        tokens = [torch.from_numpy(self._prompts.prompt(int(i)).astype(np.int64)) for i in chosen]
+        tokens = [torch.from_numpy(prompts.prompt(int(i)).astype(np.int64)) for i in chosen]
         marks = [_mark(ids, pos[usable & (prompt_idx == i)], bos_id) for i, ids in zip(chosen, tokens, strict=True)]
         starts = range(0, len(tokens), _BATCH_PROMPTS)
         return [pad_prompts(tokens[i : i + _BATCH_PROMPTS], marks[i : i + _BATCH_PROMPTS]) for i in starts]
@@ -78,19 +84,19 @@ class HeldOut:
             yield torch.from_numpy(self._store.take(hook, rows[start : start + _BATCH_ROWS]))
 
     def _splice(self, sae: SAE) -> dict[str, Any]:
-        if self._asked.n_prompts == 0:
+        if self._asked.n_prompts == 0 or self._in_model is None:
             return {"n_prompts": 0, **dict.fromkeys(("ce_clean", "ce_sae", "ce_zero", "ce_recovered"), float("nan"))}
         if self._model is None:
-            self._model = self._load_model()
-        base = self._baseline(sae.hook, self._model)
+            self._model = self._in_model.load_model()
+        base = self._baseline(sae.hook, self._model, self._in_model.prompts)
         ce_sae = cross_entropy(self._model, sae.hook, base.batches, sae)
         figures = SpliceFigures(base.ce_clean, ce_sae, base.ce_zero)
         n_prompts = sum(batch.tokens.shape[0] for batch in base.batches)
         return {"n_prompts": n_prompts, **dataclasses.asdict(figures), "ce_recovered": figures.ce_recovered}
 
-    def _baseline(self, hook: str, model: Model) -> _Baseline:
+    def _baseline(self, hook: str, model: Model, prompts: PromptSet) -> _Baseline:
         if hook not in self._baselines:
-            batches = self.prompt_batches(hook, model.vocabulary.bos_id)
+            batches = self.prompt_batches(hook, prompts, model.vocabulary.bos_id)
             clean, zero = (cross_entropy(model, hook, batches, replacement) for replacement in (None, zeros))
             self._baselines[hook] = _Baseline(batches, clean, zero)
         return self._baselines[hook]
