@@ -8,6 +8,7 @@ Steps, each resumable:
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ import pandas as pd
 import torch
 from pydantic import Field
 
+from mi_pipe.activations.prompt_agreement import check_prompts
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import ConfigError
@@ -34,15 +36,18 @@ from mi_pipe.features.latents import (
     read_latents,
     write_latents,
 )
-from mi_pipe.features.logit_effects import fold_norm, logit_effects, writes_to_residual
+from mi_pipe.features.logit_effects import NO_EFFECTS, fold_norm, logit_effects, writes_to_residual
 from mi_pipe.features.parts import Parts
+from mi_pipe.features.row_tokens import text_of_tokens, token_map
 from mi_pipe.features.scoring import Scoring, score_range
 from mi_pipe.features.tables import effect_frame, feature_frame, sae_row
 from mi_pipe.models.device import pick_device
-from mi_pipe.models.source import ModelSource, load_source, source_vocabulary
+from mi_pipe.models.source import ModelSource, load_source
 from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.saes.sae import SAE
 from mi_pipe.saes.sae_set import SAESet
+
+logger = logging.getLogger(__name__)
 
 _FIRING_BYTES = 6
 """Bytes of a firing on disk; measured 5.3."""
@@ -85,10 +90,10 @@ class ScoreFeaturesConfig(Config):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is scored, and on what."""
+    """What is scored, and on what; without a model no effects on the logits, without prompts the rows' own tokens."""
 
-    model: ModelSource
-    prompts: PromptSet
+    model: ModelSource | None
+    prompts: PromptSet | None
     activations: ActivationStore
     saes: SAESet
 
@@ -168,6 +173,7 @@ def run(config: ScoreFeaturesConfig, inputs: Inputs, work: Workspace) -> dict[st
     saes = _checked_saes(config, inputs)
     job = _Job(config, inputs, saes, work)
     work.ledger.expect(job.n_units)
+    _log_unknown(inputs)
     _encode(job)
     firsts = _score(job)
     _effects(job)
@@ -178,8 +184,8 @@ def _checked_saes(config: ScoreFeaturesConfig, inputs: Inputs) -> list[_Scored]:
     """Return the SAEs; raises ConfigError if they, the activations and the prompts do not belong together."""
     pick_device(config.device)
     store = inputs.activations
-    if (made_of := store.inputs.get("prompts")) is not None and made_of.id != inputs.prompts.id:
-        raise ConfigError(f"The activations {store.id} were harvested on {made_of.id}, not on {inputs.prompts.id}.")
+    if inputs.prompts is not None:
+        check_prompts(store, inputs.prompts)
     configs = {name: inputs.saes.config_of(name) for name in inputs.saes.names}
     saes = [_Scored(name, entry["hook"], entry["d_in"], entry["d_sae"]) for name, entry in configs.items()]
     for sae in saes:
@@ -193,6 +199,14 @@ def _checked_saes(config: ScoreFeaturesConfig, inputs: Inputs) -> list[_Scored]:
                 f"{store.width(sae.hook)}."
             )
     return saes
+
+
+def _log_unknown(inputs: Inputs) -> None:
+    store = inputs.activations
+    if inputs.model is None:
+        logger.warning("%s: no model: effects of features on the logits are not computed", store.id)
+    if inputs.prompts is None:
+        logger.warning("%s: no prompts: contexts show the tokens that have rows, and blanks between", store.id)
 
 
 def _encode(job: _Job) -> None:
@@ -221,13 +235,14 @@ def _score(job: _Job) -> dict[str, list[int]]:
     """Step 2: a range of features at a time, over all rows; returns where each SAE's ranges begin."""
     ranges = {sae.name: list(feature_ranges(feature_counts(job.latent_paths(sae), sae.d_sae))) for sae in job.saes}
     job.work.ledger.expect(job.n_units + sum(len(parts) - 1 for parts in ranges.values()))
-    text = source_vocabulary(job.inputs.model).text
+    read = job.inputs
+    text = text_of_tokens(read.activations, read.prompts, read.model)
     for hook in job.hooks:
         tokens: TokenMap | None = None
         for sae in job.of_hook(hook):
             for first, last in ranges[sae.name]:
                 if not job.is_done("score", sae, first):
-                    tokens = tokens or _token_map(job.inputs, hook)
+                    tokens = tokens or token_map(read.activations, read.prompts, hook)
                     firings = read_latents(job.latent_paths(sae), first, last)
                     found = score_range(job.config.scoring, sae.name, sae.d_sae, firings, tokens, text)
                     job.parts.write_range(sae.name, first, *found)
@@ -235,28 +250,18 @@ def _score(job: _Job) -> dict[str, list[int]]:
     return {name: [first for first, _ in parts] for name, parts in ranges.items()}
 
 
-def _token_map(inputs: Inputs, hook: str) -> TokenMap:
-    table = inputs.activations.table(["prompt_idx", "pos"])
-    return TokenMap.build(
-        inputs.prompts.token_ids,
-        inputs.prompts.offsets,
-        table["prompt_idx"].to_numpy(),
-        table["pos"].to_numpy(),
-        ~inputs.activations.massive(hook),
-    )
-
-
 def _effects(job: _Job) -> None:
     """Step 3: SAEs whose decoder does not write into the residual stream have no direct effect on the logits."""
     todo = [sae for sae in job.saes if not job.is_done("effects", sae, 0)]
-    if not todo:
-        return
-    model = load_source(job.inputs.model, job.config.device)
-    norm = fold_norm(model.final_norm, model.info.d_model, model.W_U)
+    model = norm = None
     for sae in todo:
-        directions = job.inputs.saes[sae.name].W_dec.data if writes_to_residual(sae.hook) else torch.zeros(0, 1)
-        effects = logit_effects(directions, norm, model.W_U, job.config.n_logits)
-        job.parts.write_effects(sae.name, effect_frame(sae.name, effects, model.vocabulary.text))
+        effects, text = NO_EFFECTS, str
+        if job.inputs.model is not None and writes_to_residual(sae.hook):
+            model = model or load_source(job.inputs.model, job.config.device)
+            norm = norm or fold_norm(model.final_norm, model.info.d_model, model.W_U)
+            directions, text = job.inputs.saes[sae.name].W_dec.data, model.vocabulary.text
+            effects = logit_effects(directions, norm, model.W_U, job.config.n_logits)
+        job.parts.write_effects(sae.name, effect_frame(sae.name, effects, text))
         job.mark("effects", sae, 0, f"{sae.name}: logit effects")
 
 

@@ -114,6 +114,11 @@ class LogitEffects:
     suppressed_effect: Float32[np.ndarray, "feature rank"]
 
 
+_NOTHING = (np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
+NO_EFFECTS = LogitEffects(*_NOTHING, *_NOTHING)
+"""Those of directions that do not write into the residual stream, or of an unknown model."""
+
+
 @torch.no_grad()
 def logit_effects(
     directions: Float[Tensor, "feature d_model"],
