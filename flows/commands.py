@@ -21,6 +21,7 @@ from rich.table import Table  # noqa: E402
 
 from flows.diagram import Step  # noqa: E402
 from flows.forecast import measured_speed  # noqa: E402
+from flows.given import as_row as given_row  # noqa: E402
 from flows.planning import as_row  # noqa: E402
 from flows.pools import DaskPool, cluster  # noqa: E402
 from flows.preflight import prepare  # noqa: E402
@@ -59,6 +60,7 @@ def run_command(
     options = [word for name, value in given.items() if value for word in (name, value)]
     again = shlex.join(["mi-pipe", "run", recipe, *overrides, *options])
     _catch_signals()
+    Screen().given(ready.given)
     try:
         if no_prefect:
             reports = _run_directly(ready.steps, where, wait, workers, dask)
@@ -90,9 +92,10 @@ def plan_command(recipe: str, overrides: list[str], store: str | None, as_json: 
     """Print what `run` would do, and what its harvests will take."""
     ready = prepare(recipe, overrides, store)
     if as_json:
-        print(json.dumps([as_row(intent) for intent in ready.intents], indent=1))  # noqa: T201
+        rows = [*map(given_row, ready.given), *map(as_row, ready.intents)]
+        print(json.dumps(rows, indent=1))  # noqa: T201
         return
-    Screen().plan(ready.intents)
+    Screen().plan(ready.intents, ready.given)
     for forecast in ready.forecasts:
         speed = measured_speed(forecast, ready.hooks, ready.store) if probe and ready.hooks else None
         _out.print("\n" + "\n".join(forecast.lines(speed)), markup=False, highlight=False)

@@ -4,15 +4,19 @@
     generate_prompts ──► harvest ──► train_saes ──► score_features ──┐
           └──────────► heads, patch, circuits ──────────────────────┴──► report
 
+Instead of a harvest, activations that exist may be given.
+
 `diagram` is the only place where stages are wired; `plan` and `run` both read it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Union
 
+from flows.given import given_activations, known_prompts
 from flows.recipe import Recipe
+from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.config import Config
 from mi_pipe.core.stage import Stage, stage_id
 from mi_pipe.core.store import Store
@@ -29,6 +33,9 @@ from stages import (
     train_saes,
 )
 
+Source = Union["Step", ModelHandle, Artifact]
+"""Where an input comes from: another step, a model outside the store, or an artifact that is there already."""
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -36,7 +43,7 @@ class Step:
 
     stage: Stage[Any, Any]
     config: Config
-    inputs: "dict[str, Step | ModelHandle | list[Step]]"
+    inputs: "dict[str, Source | list[Step | Artifact] | None]"
     label: str
     needs_all_inputs: bool = field(default=True)
 
@@ -45,18 +52,24 @@ class Step:
         """The artifact's id, known before anything has run."""
         return stage_id(self.stage, self.config, {role: source.id for role, source in self.sources()})
 
-    def sources(self) -> "Iterator[tuple[str, Step | ModelHandle]]":
+    def sources(self) -> Iterator[tuple[str, Source]]:
         """Iterate over (role, source); items of a list have roles `tasks.0`, `tasks.1` and so on."""
         for role, source in self.inputs.items():
             if isinstance(source, list):
                 yield from ((f"{role}.{i}", item) for i, item in enumerate(source))
-            else:
+            elif source is not None:
                 yield role, source
 
     @property
     def upstream(self) -> "list[Step]":
         """The steps that this one reads."""
         return [source for _, source in self.sources() if isinstance(source, Step)]
+
+
+def given_of(steps: list[Step]) -> list[Artifact]:
+    """Return the artifacts that the steps read and no step makes."""
+    sources = (source for step in steps for _, source in step.sources())
+    return list({source.id: source for source in sources if isinstance(source, Artifact)}.values())
 
 
 def diagram(recipe: Recipe, store: Store) -> list[Step]:
@@ -80,31 +93,35 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
     if recipe.circuits:
         for name in recipe.circuits.tasks or tasks:
             step(circuits.STAGE, recipe.circuits, f"circuits.{name}", model=model, task=tasks[name])
-    if recipe.prompts:
-        text = step(generate_prompts.STAGE, recipe.prompts, "prompts", model=model)
-        if recipe.harvest:
-            acts = step(harvest.STAGE, recipe.harvest, "harvest", model=model, prompts=text)
-            if recipe.saes:
-                saes = step(train_saes.STAGE, recipe.saes, "saes", model=model, prompts=text, activations=acts)
-                if recipe.features:
-                    read = {"model": model, "prompts": text, "activations": acts, "saes": saes}
-                    step(score_features.STAGE, recipe.features, "features", **read)
+    text = step(generate_prompts.STAGE, recipe.prompts, "prompts", model=model) if recipe.prompts else None
+    acts = step(harvest.STAGE, recipe.harvest, "harvest", model=model, prompts=text) if recipe.harvest else None
+    if recipe.activations:
+        acts = given_activations(recipe.activations, store, model.id if model else None)
+        text = text or known_prompts(acts, store)
+    if recipe.saes:
+        # Without a model SAEs are not run on prompts; features are shown in them all the same.
+        run_on = text if model else None
+        saes = step(train_saes.STAGE, recipe.saes, "saes", model=model, prompts=run_on, activations=acts)
+        if recipe.features:
+            read = {"model": model, "prompts": text, "activations": acts, "saes": saes}
+            step(score_features.STAGE, recipe.features, "features", **read)
     if recipe.report:
-        steps.append(_report(recipe, steps))
+        steps.append(_report(recipe, [*(item for item in (text, acts) if isinstance(item, Artifact)), *steps]))
     return steps
 
 
-def _model(recipe: Recipe, store: Store, step: Any) -> Step | ModelHandle:
+def _model(recipe: Recipe, store: Store, step: Any) -> Step | ModelHandle | None:
     if recipe.train_model:
         return step(train_model.STAGE, recipe.train_model, "model")
     section = recipe.model
-    assert section.name is not None, "load_recipe has checked that there is a model"
+    if section.name is None:
+        return None
     return resolve_model(
         section.name, store, section.dtype, section.device, section.revision, section.trust_remote_code
     )
 
 
-def _report(recipe: Recipe, steps: list[Step]) -> Step:
+def _report(recipe: Recipe, shown: list[Step | Artifact]) -> Step:
     assert recipe.report is not None
     config = recipe.report.for_run(recipe.name, recipe.description, recipe.identity(), recipe.claims)
-    return Step(report.STAGE, config, {"artifacts": list(steps)}, "report", needs_all_inputs=False)
+    return Step(report.STAGE, config, {"artifacts": shown}, "report", needs_all_inputs=False)

@@ -9,7 +9,6 @@ from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.manifest import InputRef, Manifest, read_manifest
 from mi_pipe.core.stage import is_current
 from mi_pipe.core.store import Store
-from mi_pipe.models.handle import ModelHandle
 
 Action = Literal["cached", "resume", "run", "wait"]
 _MOST_CHANGES = 3
@@ -55,7 +54,7 @@ def current_refs(step: Step, store: Store) -> dict[str, InputRef] | None:
     """Return the id and digest of each input as it is now, or None if one does not exist."""
     refs = {}
     for role, source in step.sources():
-        if isinstance(source, ModelHandle):
+        if not isinstance(source, Step):
             refs[role] = InputRef(id=source.id, digest=source.digest)
         elif store.is_published(source.id):
             refs[role] = InputRef(id=source.id, digest=read_manifest(store.folder(source.id)).digest)

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
-from flows.diagram import Step, diagram
+from flows.diagram import Step, diagram, given_of
 from flows.forecast import Forecast, check_fit, harvest_forecasts
+from flows.given import check_given
 from flows.planning import Intent, plan
 from flows.recipe import Recipe, load_recipe
 from mi_pipe.activations.harvest.hook_selection import select_hooks
+from mi_pipe.activations.store import ActivationStore
+from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import ModelHandle
@@ -25,6 +28,8 @@ class Prepared:
     store: Store
     steps: list[Step]
     intents: list[Intent]
+    given: tuple[Artifact, ...] = ()
+    """What the steps read that is there already and none of them makes."""
     hooks: HookMap | None = None
     """The model's hook points, where a step looks at them."""
     forecasts: tuple[Forecast, ...] = ()
@@ -40,19 +45,25 @@ def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
     where = Store(store or content.store)
     steps = diagram(content, where)
     intents = plan(steps, where)
+    given = tuple(given_of(steps))
     if not any(intent.action != "cached" and intent.step.stage.name in _LOOKS_AT_HOOKS for intent in intents):
-        return Prepared(content, where, steps, intents)
+        return Prepared(content, where, steps, intents, given)
     hooks = _hooks(content, steps)
-    _check_hooks(content, hooks)
-    forecasts = harvest_forecasts(intents, hooks, where)
+    _check_hooks(content, given, hooks)
+    forecasts = [] if hooks is None else harvest_forecasts(intents, hooks, where)
     for forecast in forecasts:
         check_fit(forecast)
-    return Prepared(content, where, steps, intents, hooks, tuple(forecasts))
+    return Prepared(content, where, steps, intents, given, hooks, tuple(forecasts))
 
 
-def _check_hooks(recipe: Recipe, hooks: HookMap) -> None:
+def _check_hooks(recipe: Recipe, given: tuple[Artifact, ...], hooks: HookMap | None) -> None:
     """Raise HookPointError or ConfigError for what would fail only after hours."""
-    assert recipe.harvest is not None, "a step that looks at hooks has a harvest section"
+    if recipe.saes:
+        for acts in given:
+            if isinstance(acts, ActivationStore):
+                check_given(acts, recipe.saes, hooks)
+    if recipe.harvest is None or hooks is None:
+        return
     harvested = [site.name for site in select_hooks(recipe.harvest.hooks, hooks)]
     for hook in (recipe.saes.hooks if recipe.saes else None) or ():
         if hook not in harvested:
@@ -61,8 +72,10 @@ def _check_hooks(recipe: Recipe, hooks: HookMap) -> None:
             )
 
 
-def _hooks(recipe: Recipe, steps: list[Step]) -> HookMap:
+def _hooks(recipe: Recipe, steps: list[Step]) -> HookMap | None:
+    """Return the hook points of the recipe's model, or None without one."""
     if recipe.train_model:
         return wrap_native(native_module(recipe.train_model.model.native_fields(recipe.train_model.seed))).hooks
-    handle = next(source for step in steps for _, source in step.sources() if isinstance(source, ModelHandle))
-    return source_hooks(handle)[0]
+    handles = (source for step in steps for _, source in step.sources() if isinstance(source, ModelHandle))
+    handle = next(handles, None)
+    return None if handle is None else source_hooks(handle)[0]

@@ -30,13 +30,18 @@ DEFAULT_RECIPE = "tiny"
 _PACKAGED = Path(__file__).parent / "configs"
 _CHECKOUT = Path(__file__).parent.parent / "configs"
 _NEEDS = {
-    "harvest": "prompts",
-    "saes": "harvest",
-    "features": "saes",
-    "heads": "tasks",
-    "patch": "tasks",
-    "circuits": "tasks",
+    "harvest": ("prompts",),
+    "saes": ("harvest", "activations"),
+    "features": ("saes",),
+    "heads": ("tasks",),
+    "patch": ("tasks",),
+    "circuits": ("tasks",),
 }
+"""What each section needs: one of these."""
+_PLAIN = ("name", "description", "store", "activations")
+"""Keys that are no sections."""
+_NEEDING_MODEL = ("prompts", "tasks", "harvest")
+"""Sections that need a model; `heads`, `patch` and `circuits` need tasks, and the others only activations."""
 
 
 class ModelSection(Config):
@@ -73,6 +78,8 @@ class Recipe(Config):
     """Tasks with clean and corrupted prompts, by a name of your choice."""
     harvest: HarvestConfig | None = None
     """Store activations."""
+    activations: str | None = Field(None, min_length=1)
+    """Instead of a harvest, activations that are there: the id of an artifact, or the beginning of it, or its URL."""
     saes: TrainSAEsConfig | None = None
     """Train sparse autoencoders on them."""
     features: ScoreFeaturesConfig | None = None
@@ -87,6 +94,11 @@ class Recipe(Config):
     """Write the report."""
     claims: tuple[Claim, ...] = ()
     """Statements that the report checks against measured figures."""
+
+    @property
+    def needs_model(self) -> bool:
+        """Say whether there is a section that can do nothing without a model."""
+        return self.activations is None or any(getattr(self, name) for name in _NEEDING_MODEL)
 
 
 def recipe_path(name: str) -> Path:
@@ -131,7 +143,7 @@ def load_recipe(name: str = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Re
 
 def _as_section(key: Any, value: Any) -> Any:
     """A bare `heads:` in a file is the section with its defaults."""
-    return {} if value is None and key in Recipe.model_fields and key not in ("store", "name") else value
+    return {} if value is None and key in Recipe.model_fields and key not in _PLAIN else value
 
 
 def _apply(content: dict[str, Any], override: str, lines: dict[tuple[str, ...], str]) -> None:
@@ -158,13 +170,15 @@ def _apply(content: dict[str, Any], override: str, lines: dict[tuple[str, ...], 
 
 
 def _check_sections(recipe: Recipe, place: str) -> None:
-    """Say which section is missing for another, and that there is exactly one model."""
+    """Say which section is missing for another, or is one too many, and which tasks there are."""
     for section, needed in _NEEDS.items():
-        if getattr(recipe, section) is not None and not getattr(recipe, needed):
-            raise ConfigError(f"{place}: section {section!r} needs a section {needed!r}.")
-    if (recipe.model.name is None) == (recipe.train_model is None):
-        have = "has both" if recipe.train_model else "has neither"
-        raise ConfigError(f"{place} must name a model (model.name) or train one (train_model); it {have}.")
+        if getattr(recipe, section) is not None and not any(getattr(recipe, name) for name in needed):
+            raise ConfigError(f"{place}: section {section!r} needs a section {' or '.join(map(repr, needed))}.")
+    if recipe.harvest and recipe.activations:
+        raise ConfigError(
+            f"{place} has both 'harvest' and 'activations' ({recipe.activations}); leave out one of them."
+        )
+    _check_model(recipe, place)
     for section in ("patch", "circuits"):
         chosen = getattr(getattr(recipe, section), "tasks", None) or []
         for task in chosen:
@@ -174,3 +188,11 @@ def _check_sections(recipe: Recipe, place: str) -> None:
                     f"{place}: {section}.tasks names {task!r}, which is no task of the recipe "
                     f"({known}).{near_names(task, recipe.tasks)}"
                 )
+
+
+def _check_model(recipe: Recipe, place: str) -> None:
+    """Say that there is no model, or are two."""
+    n_models = (recipe.model.name is not None) + (recipe.train_model is not None)
+    if n_models > 1 or (n_models == 0 and recipe.needs_model):
+        have = "both" if n_models else "neither"
+        raise ConfigError(f"{place} must name a model (model.name) or train one (train_model); it has {have}.")

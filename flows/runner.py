@@ -12,7 +12,6 @@ from mi_pipe.core.pool import Pool
 from mi_pipe.core.progress import Progress
 from mi_pipe.core.stage import Result, execute
 from mi_pipe.core.store import Store
-from mi_pipe.models.handle import ModelHandle
 from mi_pipe.opening import open_artifact
 
 _log = logging.getLogger(__name__)
@@ -67,7 +66,9 @@ def run_diagram(steps: list[Step], run_one: RunStep, on_report: Callable[[StepRe
 
 def _only_existing(step: Step, reports: dict[int, StepReport]) -> Step:
     inputs = {
-        role: [item for item in source if reports[id(item)].is_done] if isinstance(source, list) else source
+        role: [item for item in source if not isinstance(item, Step) or reports[id(item)].is_done]
+        if isinstance(source, list)
+        else source
         for role, source in step.inputs.items()
     }
     return replace(step, inputs=inputs)
@@ -76,4 +77,4 @@ def _only_existing(step: Step, reports: dict[int, StepReport]) -> Step:
 def _open(source: Any, store: Store) -> Any:
     if isinstance(source, list):
         return [_open(item, store) for item in source]
-    return source if isinstance(source, ModelHandle) else open_artifact(store.folder(source.id))
+    return open_artifact(store.folder(source.id)) if isinstance(source, Step) else source

@@ -2,14 +2,18 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flows.given import as_row as given_row
 from flows.planning import Intent
 from flows.runner import StepReport
+from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.progress import Tick
 
 _MARKS = {"Cached": "[dim]=[/]", "Resumed": "[green]+[/]", "Completed": "[green]+[/]", "Failed": "[red]x[/]"}
@@ -76,11 +80,19 @@ class Screen:
         mark = _MARKS.get(report.outcome, "[yellow]-[/]")
         self.out.print(f"{mark} {report.step.label:<18} {report.outcome:<9} {report.seconds:>7.1f} s  {_tail(report)}")
 
-    def plan(self, intents: list[Intent]) -> None:
-        """Print what each step would do and why."""
+    def given(self, given: Iterable[Artifact]) -> None:
+        """Print what steps read that is there already."""
+        for row in map(given_row, given):
+            text = escape(f"{row['id']}  {row['reason']}")
+            self.out.print(f"{_MARKS['Cached']} {row['step']:<18} Given                [dim]{text}[/]")
+
+    def plan(self, intents: list[Intent], given: Iterable[Artifact] = ()) -> None:
+        """Print what is given, and what each step would do and why."""
         table = Table(box=None, pad_edge=False)
         for heading in ("step", "now", "why", "artifact"):
             table.add_column(heading, overflow="fold")
+        for row in map(given_row, given):
+            table.add_row(row["step"], f"[dim]{row['action']}[/]", escape(row["reason"]), f"[dim]{row['id']}[/]")
         for intent in intents:
             colour = _COLOURS[intent.action]
             reason = "" if intent.action == "cached" else intent.reason
@@ -89,8 +101,6 @@ class Screen:
 
 
 def _tail(report: StepReport) -> str:
-    from rich.markup import escape
-
     if report.result is None:
         return escape(report.message)
     figures = list(report.result.artifact.summary.items())[:_MOST_FIGURES]

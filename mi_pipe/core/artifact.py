@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mi_pipe.core.atomic import write_bytes
 from mi_pipe.core.checksum import matches_once
 from mi_pipe.core.damage import Damage, find_damage
-from mi_pipe.core.destination import place_of
+from mi_pipe.core.destination import artifact_url, destination_of, place_of
 from mi_pipe.core.errors import ArtifactDamagedError
 from mi_pipe.core.manifest import InputRef, Manifest, Scalar, damage_text, read_manifest
 from mi_pipe.core.place import LocalPlace, Place
@@ -43,6 +43,12 @@ class Artifact:
     def digest(self) -> str:
         """Hash of the content."""
         return self.manifest.digest
+
+    @property
+    def source(self) -> dict[str, Scalar]:
+        """Its URL if it lies in an object store, where it is found by those whose store does not have it."""
+        destination = destination_of(self.manifest.execution)
+        return {} if destination is None else {"url": artifact_url(destination, self.id)}
 
     @property
     def config(self) -> dict[str, Any]:

@@ -17,7 +17,12 @@ from mi_pipe.core.store import Store
 
 def destination_place(destination: str, artifact_id: str) -> Place:
     """Return the place of an artifact under a destination."""
-    return open_place(f"{destination.rstrip('/')}/{artifact_id.rpartition('-')[0]}/{artifact_id}")
+    return open_place(artifact_url(destination, artifact_id))
+
+
+def artifact_url(destination: str, artifact_id: str) -> str:
+    """Return the URL of an artifact under a destination."""
+    return f"{destination.rstrip('/')}/{artifact_id.rpartition('-')[0]}/{artifact_id}"
 
 
 def scratch_place(destination: str, artifact_id: str) -> Place:

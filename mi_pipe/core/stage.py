@@ -46,11 +46,11 @@ class Identified(Protocol):
 
 @runtime_checkable
 class Sourced(Protocol):
-    """An input that lies outside the store and says how it was found there."""
+    """An input that may lie outside the store and says how it was found there."""
 
     @property
     def source(self) -> dict[str, Scalar]:
-        """What finds it again."""
+        """What finds it again; empty if it lies in the store alone."""
         ...
 
 
@@ -95,8 +95,8 @@ def input_refs(inputs: Any) -> dict[str, InputRef]:
 
 
 def input_sources(inputs: Any) -> Sources:
-    """Return how the inputs that are not artifacts of the store were found, by role."""
-    return {role: value.source for role, value in _by_role(inputs) if isinstance(value, Sourced)}
+    """Return how the inputs that lie outside the store were found, by role."""
+    return {role: value.source for role, value in _by_role(inputs) if isinstance(value, Sourced) and value.source}
 
 
 def _by_role(inputs: Any) -> Iterator[tuple[str, Identified]]:

@@ -18,6 +18,8 @@ _N_SAMPLED = 4096
 _N_BLOCKS = 8
 _N_TOKENS = 12
 _N_POSITIONS = 5
+_NO_TOKEN = -1
+"""What a capture of items that are no tokens has for token_id."""
 _PRECISION_FILE = "precision.json"
 
 
@@ -36,6 +38,7 @@ def _section(store: ActivationStore) -> dict[str, Any]:
     return {
         "name": name_of(store),
         "id": store.id,
+        "origin": _origin(store),
         "slug": stem,
         "n_rows": store.n_rows,
         "size_bytes": store.size_bytes,
@@ -44,6 +47,12 @@ def _section(store: ActivationStore) -> dict[str, Any]:
         "precision": _precision(store),
         "figures": [f"norms-{stem}", f"variance-{stem}"],
     }
+
+
+def _origin(store: ActivationStore) -> str:
+    """Say where activations come from that no harvest made."""
+    of = f" of {store.group.attrs['model']}" if store.group.attrs.get("model") else ""
+    return {"import_activations": f"imported{of}", "capture": f"captured{of}"}.get(store.manifest.stage, "")
 
 
 def _hook_row(store: ActivationStore, hook: str) -> dict[str, Any]:
@@ -61,14 +70,15 @@ def _hook_row(store: ActivationStore, hook: str) -> dict[str, Any]:
 
 
 def _massive_tokens(store: ActivationStore) -> list[dict[str, Any]]:
-    """Return for each hook point with massive rows the tokens and positions they stand on."""
+    """Return for each hook point with massive rows the tokens and positions they stand on, if rows are of tokens."""
     found = []
     for hook in store.hooks:
         is_massive = store.massive(hook)
         if not is_massive.any():
             continue
         rows = store.table(["pos", "text"])
-        texts, places = Counter(rows["text"].to_numpy()[is_massive]), Counter(rows["pos"].to_numpy()[is_massive])
+        rows = rows[is_massive & (store.token_id != _NO_TOKEN)]
+        texts, places = Counter(rows["text"]), Counter(rows["pos"])
         found.append(
             {
                 "hook": hook,
@@ -81,12 +91,14 @@ def _massive_tokens(store: ActivationStore) -> list[dict[str, Any]]:
 
 
 def _precision(artifact: Artifact) -> pd.DataFrame | None:
-    """Return `precision.json` as a table: one row a hook point where it has a record for each."""
+    """Return `precision.json` as a table: one row a hook point where it has a record for each, None if of none."""
     if _PRECISION_FILE not in artifact.manifest.files:
         return None
     record = artifact.read_json(_PRECISION_FILE)
     nested = record.get("hooks", record) if isinstance(record, dict) else {}
     rows = {key: value for key, value in nested.items() if isinstance(value, dict)}
+    if not nested:
+        return None
     if rows:
         return pd.DataFrame([{"hook": hook, **values} for hook, values in rows.items()])
     return pd.DataFrame([{"figure": key, "value": value} for key, value in record.items()])

@@ -17,6 +17,8 @@ STAGE_PAGES = {
     "train_model": "model",
     "generate_prompts": "prompts",
     "harvest": "activations",
+    "import_activations": "activations",
+    "capture": "activations",
     "train_saes": "saes",
     "score_features": "features",
     "heads": "heads",

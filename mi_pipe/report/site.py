@@ -53,19 +53,19 @@ def page_plans(
     """
     ordered = overview.in_pipeline_order(artifacts)
     makers: list[tuple[str, str, str, Callable[[Any], Page]]] = [
-        ("train_model", "model", "Model", model.page),
-        ("generate_prompts", "prompts", "Prompts", partial(prompts.page, n_samples=n_prompts)),
-        ("harvest", "activations", "Activations", activations.page),
-        ("train_saes", "saes", "SAEs", saes.page),
-        ("score_features", "features", "Features", partial(features.page, n_features=n_features)),
+        ("model", "model", "Model", model.page),
+        ("prompts", "prompts", "Prompts", partial(prompts.page, n_samples=n_prompts)),
+        ("activations", "activations", "Activations", activations.page),
+        ("saes", "saes", "SAEs", saes.page),
+        ("features", "features", "Features", partial(features.page, n_features=n_features)),
         ("heads", "heads", "Heads", heads.page),
         ("heads", "attention", "Attention", partial(attention.page, n_prompts=n_prompts)),
-        ("patch", "patching", "Patching", patching.page),
-        ("circuits", "circuit", "Circuits", circuit.page),
+        ("patching", "patching", "Patching", patching.page),
+        ("circuit", "circuit", "Circuits", circuit.page),
     ]
     first = partial(overview.page, ordered, verdicts, recipe)
     plans = [PagePlan("index", "Overview", first, volatile=True)]
-    for stage, slug, title, make in makers:
-        if found := [artifact for artifact in ordered if artifact.manifest.stage == stage]:
+    for kind, slug, title, make in makers:
+        if found := [item for item in ordered if overview.STAGE_PAGES.get(item.manifest.stage) == kind]:
             plans.append(PagePlan(slug, title, partial(make, found)))
     return plans

@@ -114,6 +114,9 @@ def _opened(manifest: Manifest, role: str, store: Store, model: str | None) -> A
     ref = manifest.inputs[role]
     if ref.id.startswith("model-"):
         return _model(manifest, role, ref, store, model)
+    url = manifest.sources.get(role, {}).get("url")
+    if not store.is_published(ref.id) and url is not None:
+        return open_artifact(str(url), store)
     if not store.is_published(ref.id):
         raise _cannot(manifest, f"its input {role} ({ref.id}) is not in {store.root}")
     return open_artifact(ref.id, store)

@@ -46,6 +46,9 @@ def test_overrides_change_one_value_and_may_add_or_drop_sections():
         ("train_model: {}\n", ["name.x.y=1"], r"goes below 'name', which is no section"),
         ("train_model: {}\nfeatures: {}\n", [], r"section 'features' needs a section 'saes'"),
         ("heads: {}\n", [], r"section 'heads' needs a section 'tasks'"),
+        ("activations: 3f\ntrain_model:\n", ["harvest={hooks: [a]}", "prompts={family: corpus}"], r"both 'harvest' and"),
+        ("activations:\nsaes: {}\ntrain_model:\n", [], r"'saes' needs a section 'harvest' or 'activations'"),
+        ("activations: 3f\nheads:\ntasks: {a: {family: induction}}\n", [], r"must name a model .* it has neither"),
         ("{}\n", [], r"must name a model .* it has neither"),
         ("model: {name: gpt2}\ntrain_model: {}\n", [], r"it has both"),
         ("a: [\n", [], r"line \d is not YAML"),
@@ -72,6 +75,12 @@ def test_a_recipe_that_is_not_utf8_is_told_so(tmp_path):
 def test_an_unknown_recipe_is_answered_with_near_names():
     with pytest.raises(ConfigError, match=r"no recipe 'smolm2'\. Did you mean 'smollm2'"):
         recipe_path("smolm2")
+
+
+def test_activations_need_no_model_but_may_have_one(tmp_path):
+    text = "activations: harvest-3f\nsaes:\nfeatures:\nreport:\n"
+    assert not load_recipe(write(tmp_path, text)).needs_model
+    assert load_recipe(write(tmp_path, text), ["model.name=gpt2"]).model.name == "gpt2"
 
 
 def test_a_bare_section_in_a_file_runs_with_defaults(tmp_path):

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from mi_pipe.activations.harvest.capture import capture
 from mi_pipe.attention.head_scores import HeadScores
 from mi_pipe.attention.pattern_store import write_patterns
 from mi_pipe.circuits.circuit_set import CircuitSet
@@ -24,7 +25,7 @@ from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.prompts.repeated import RepeatedConfig
 from mi_pipe.report.claims import Claim
 from mi_pipe.report.site import Report
-from stages import generate_prompts, harvest
+from stages import generate_prompts, harvest, import_activations
 from stages.report import STAGE, Inputs, ReportConfig
 from tests.stages.toys import toy_model
 
@@ -62,6 +63,20 @@ def sample_activations(store: Store) -> Artifact:
     return open_artifact(result.artifact.path)
 
 
+def sample_exchange(store: Store) -> list[Artifact]:
+    """Import a dump and capture a module by the real stages, each with one row of large norm."""
+    values = np.ones((8, 4), np.float32) * np.array([1, 1, 50, 1, 1, 1, 1, 1], np.float32)[:, None]
+    store.root.mkdir(parents=True, exist_ok=True)
+    file, table = store.root / "acts.npy", store.root / "tokens.csv"
+    np.save(file, values)
+    texts = [HOSTILE if i == 2 else f" {i}" for i in range(8)]
+    pd.DataFrame({"prompt_idx": 0, "pos": range(8), "token_id": range(8), "text": texts}).to_csv(table, index=False)
+    wanted = import_activations.ImportConfig(files=(file,), tokens=table, hooks={"mine": ""}, model=HOSTILE)
+    imported = execute(import_activations.STAGE, wanted, import_activations.Inputs(), store).artifact
+    captured = capture(torch.nn.Sequential(torch.nn.Identity()), values, ["0"], store)
+    return [captured, open_artifact(imported.path)]
+
+
 CLAIMS = (
     Claim(statement=HOSTILE, stage="heads", metric="induction_score", comparison=">", value=0.5, source=HOSTILE),
     Claim(statement="no", stage="heads", metric="induction_score", comparison="<", value=0.5),
@@ -79,7 +94,7 @@ def sample_config() -> ReportConfig:
 def sample_report(root: Path) -> Report:
     """Make the report of every stage below `root`, once."""
     samples = Store(root / "samples")
-    artifacts = [*sample_artifacts(samples), sample_activations(samples)]
+    artifacts = [*sample_artifacts(samples), sample_activations(samples), *sample_exchange(samples)]
     return Report(execute(STAGE, sample_config(), Inputs(artifacts), Store(root / "store")).artifact.path)
 
 

@@ -5,12 +5,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mi_pipe.core.store import Store
 from mi_pipe.report import attention, circuit, features, heads, overview, patching, prompts
 from mi_pipe.report.layered import folded, layered_graph
 from mi_pipe.report.lineage import lineage
 from mi_pipe.report.overview import Recipe
 from mi_pipe.report.site import page_plans
-from tests.report.samples import D_SAE, HOSTILE, N_HEADS, N_LAYERS, N_POS, SAE, TOKENS
+from tests.report.samples import (
+    D_SAE,
+    HOSTILE,
+    N_HEADS,
+    N_LAYERS,
+    N_POS,
+    SAE,
+    TOKENS,
+    sample_activations,
+    sample_exchange,
+)
 
 RECIPE = Recipe("r", "", "")
 
@@ -27,6 +38,23 @@ def test_pages_are_those_of_the_stages_that_are_there(artifacts):
     assert slugs(of(artifacts, "heads")) == ["index", "heads", "attention"]
     everything = ["index", "model", "prompts", "saes", "features", "heads", "attention", "patching", "circuit"]
     assert slugs(list(reversed(artifacts))) == everything
+
+
+def test_harvests_imports_and_captures_share_the_page_of_activations(tmp_path):
+    store = Store(tmp_path / "s")
+    stores = [*sample_exchange(store), sample_activations(store)]
+    plans = page_plans(list(reversed(stores)), [], RECIPE, 10, 2)
+    assert [plan.slug for plan in plans] == ["index", "activations"]
+    sections = plans[1].make().context["stores"]
+    assert [section["id"].rpartition("-")[0] for section in sections] == ["harvest", "import_activations", "capture"]
+    harvested, imported, captured = sections
+    assert (harvested["origin"], imported["origin"]) == ("", f"imported of {HOSTILE}")
+    assert captured["origin"].startswith("captured of module-")
+    assert harvested["precision"] is not None
+    assert imported["precision"] is None
+    assert captured["precision"] is None
+    assert [massive["tokens"] for massive in captured["massive"]] == [[]], "its items are no tokens"
+    assert imported["massive"][0]["tokens"] == [(HOSTILE, 1)]
 
 
 def test_features_with_dashboards_are_spread_over_density_and_never_dead():
