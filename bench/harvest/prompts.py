@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
+from mi_pipe.core.manifest import MadeOf
 from mi_pipe.core.store import Store
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.prompts.prompt_set import DROPPED_FILE, PROMPTS_FILE, TOKENS_FILE, PromptSet
@@ -29,5 +30,5 @@ def publish_prompts(store: Store, tokens: Int[np.ndarray, "prompt pos"], d_vocab
     work.write_table(TOKENS_FILE, pd.DataFrame(columns))
     work.write_table(PROMPTS_FILE, pd.DataFrame({**prompts, "source": "random"}))
     work.write_json(DROPPED_FILE, {})
-    work.publish("generate_prompts", 1, "", {"family": "corpus"}, {}, {}, {})
+    work.publish(MadeOf("generate_prompts", 1, {"family": "corpus"}))
     return PromptSet(work.folder)

@@ -7,6 +7,7 @@ rest of the manifest, so that no altered date, figure or id in it passes unseen.
 """
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,19 @@ class InputRef(BaseModel):
 
     id: str
     digest: str
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """What of an artifact's manifest is known before it is made; the fields are the manifest's."""
+
+    stage: str
+    stage_version: int
+    config: dict[str, Any]
+    inputs: dict[str, InputRef] = field(default_factory=dict)
+    label: str = ""
+    execution: dict[str, Any] = field(default_factory=dict)
+    sources: Sources = field(default_factory=dict)
 
 
 class Manifest(BaseModel):

@@ -18,7 +18,7 @@ from mi_pipe.core.config import Config
 from mi_pipe.core.errors import DiskSpaceError
 from mi_pipe.core.full_disk import told_if_full
 from mi_pipe.core.lock import exclusive_lock
-from mi_pipe.core.manifest import MANIFEST_NAME, InputRef, Scalar, Sources, artifact_id
+from mi_pipe.core.manifest import MANIFEST_NAME, InputRef, MadeOf, Scalar, Sources, artifact_id
 from mi_pipe.core.pool import Pool
 from mi_pipe.core.progress import Progress
 from mi_pipe.core.store import Store
@@ -144,17 +144,17 @@ def execute(
             return Result(found, "Cached", time.monotonic() - started)
         _drop_stale(store, name)
         check_disk(store.root, stage.estimate(config, inputs), name)
-        made_of = (stage.name, stage.version, label, config.identity(), _execution(config), refs)
         sources = input_sources(inputs)
+        made_of = MadeOf(stage.name, stage.version, config.identity(), refs, label, _execution(config), sources)
         with told_if_full(store.root, name):
             work = Workspace(name, store.folder(name), store.scratch(name), progress, pool)
-            work.begin(*made_of, sources)
+            work.begin(made_of)
             try:
                 summary = stage.run(config, inputs, work)
             except BaseException:
                 work.pause()
                 raise
-            manifest = work.publish(*made_of, summary, sources)
+            manifest = work.publish(made_of, summary)
             write_bytes(store.manifest_copy(name), manifest.to_json())
         outcome: Outcome = "Resumed" if work.is_resumed else "Completed"
         return Result(Artifact(store.folder(name)), outcome, time.monotonic() - started)

@@ -21,10 +21,9 @@ from mi_pipe.core.manifest import (
     MANIFEST_NAME,
     REQUEST_NAME,
     FileEntry,
-    InputRef,
+    MadeOf,
     Manifest,
     Scalar,
-    Sources,
     digest_of,
     write_manifest,
 )
@@ -122,35 +121,14 @@ class Workspace:
         with contextlib.suppress(OSError):
             self.ledger.add_elapsed(time.monotonic() - self._started)
 
-    def begin(
-        self,
-        stage: str,
-        stage_version: int,
-        label: str,
-        config: dict[str, Any],
-        execution: dict[str, Any],
-        inputs: dict[str, InputRef],
-        sources: Sources,
-    ) -> None:
+    def begin(self, made_of: MadeOf) -> None:
         """Note what is being made, as a manifest without files, so that anyone can go on with it or look at it."""
-        made_of = self._manifest(stage, stage_version, label, config, execution, inputs, sources, {}, {})
-        atomic.write_bytes(self.scratch / REQUEST_NAME, made_of.to_json())
+        atomic.write_bytes(self.scratch / REQUEST_NAME, self._manifest(made_of, {}, {}).to_json())
 
-    def publish(
-        self,
-        stage: str,
-        stage_version: int,
-        label: str,
-        config: dict[str, Any],
-        execution: dict[str, Any],
-        inputs: dict[str, InputRef],
-        summary: dict[str, Scalar],
-        sources: Sources | None = None,
-    ) -> Manifest:
+    def publish(self, made_of: MadeOf, summary: dict[str, Scalar] | None = None) -> Manifest:
         """Write the manifest, make the files read-only and remove the scratch space."""
         files = {name: self._entry(name) for name in self._file_names()}
-        made_of = (stage, stage_version, label, config, execution, inputs, sources or {})
-        manifest = self._manifest(*made_of, files, summary)
+        manifest = self._manifest(made_of, files, summary or {})
         if self._remote is not None:
             replicate(self.folder, self._remote, manifest)
         for name in files:
@@ -163,27 +141,10 @@ class Workspace:
                 self._remote_scratch.remove(key)
         return manifest
 
-    def _manifest(
-        self,
-        stage: str,
-        stage_version: int,
-        label: str,
-        config: dict[str, Any],
-        execution: dict[str, Any],
-        inputs: dict[str, InputRef],
-        sources: Sources,
-        files: dict[str, FileEntry],
-        summary: dict[str, Scalar],
-    ) -> Manifest:
+    def _manifest(self, made_of: MadeOf, files: dict[str, FileEntry], summary: dict[str, Scalar]) -> Manifest:
         return Manifest(
             id=self.id,
-            stage=stage,
-            stage_version=stage_version,
-            label=label,
-            config=config,
-            execution=execution,
-            inputs=inputs,
-            sources=sources,
+            **vars(made_of),
             files=files,
             digest=digest_of(files),
             summary=summary,

@@ -71,13 +71,14 @@ def test_pair_groups_hold_pairs_of_one_length_in_order(tmp_path, store):
 
 
 def _as_artifact(folder, prompts, vocabulary) -> PromptSet:
+    from mi_pipe.core.manifest import MadeOf
     from mi_pipe.core.workspace import Workspace
 
     work = Workspace("generate_prompts-0000000000000000", folder, folder.parent / "scratch")
     work.write_table("tokens.parquet", prompts.token_frame(vocabulary))
     work.write_table("prompts.parquet", prompts.prompt_frame())
     work.write_json("dropped.json", prompts.dropped)
-    work.publish("generate_prompts", 1, "", {"family": "pairs"}, {}, {}, {})
+    work.publish(MadeOf("generate_prompts", 1, {"family": "pairs"}))
     return PromptSet(folder)
 
 

@@ -13,7 +13,7 @@ from mi_pipe.attention.head_scores import HeadScores
 from mi_pipe.attention.pattern_store import write_patterns
 from mi_pipe.circuits.circuit_set import CircuitSet
 from mi_pipe.core.artifact import Artifact
-from mi_pipe.core.manifest import InputRef
+from mi_pipe.core.manifest import InputRef, MadeOf
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
 from mi_pipe.core.workspace import Workspace
@@ -106,7 +106,7 @@ def publish(
     work = Workspace(artifact_id, store.folder(artifact_id), store.scratch(artifact_id))
     summary = fill(work) or {}
     refs = {role: InputRef(id=item.id, digest=item.digest) for role, item in inputs.items()}
-    work.publish(stage, 1, label, config or {}, {}, refs, summary)
+    work.publish(MadeOf(stage, 1, config or {}, refs, label), summary)
     return Artifact(store.folder(artifact_id))
 
 

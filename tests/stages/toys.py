@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from mi_pipe.core.manifest import MadeOf
 from mi_pipe.core.store import Store
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.models.trained import CONFIG_FILE, WEIGHTS_FILE, TrainedModel, native_module
@@ -18,7 +19,7 @@ def publish(store: Store, stage: str, name: str, fill, config: dict) -> Workspac
     if not store.is_published(artifact_id):
         work = Workspace(artifact_id, store.folder(artifact_id), store.scratch(artifact_id))
         fill(work)
-        work.publish(stage, 1, "", config, {}, {}, {})
+        work.publish(MadeOf(stage, 1, config))
     return store.folder(artifact_id)
 
 
