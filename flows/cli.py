@@ -12,6 +12,7 @@ import click
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _DEFAULT_RECIPE = "tiny"
+_INTERRUPTED_TEXT = "Interrupted. What is finished stays in the store; the same command goes on from there."
 
 
 def _example(text: str) -> Callable[[Any], Any]:
@@ -269,13 +270,15 @@ def main() -> None:
 
     try:
         cli(standalone_mode=False)
-    except click.exceptions.Abort:
+    except click.exceptions.Abort as stop:
+        if isinstance(stop.__cause__, KeyboardInterrupt):
+            click.echo(_INTERRUPTED_TEXT, err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(USAGE)
     except KeyboardInterrupt:
-        click.echo("Interrupted. What is finished stays in the store.", err=True)
+        click.echo(_INTERRUPTED_TEXT, err=True)
         sys.exit(INTERRUPTED)
     except MiPipeError as error:
         click.echo(f"Error: {error}", err=True)

@@ -1,11 +1,15 @@
 """Export and import as users meet them: ids that the next command takes, exit codes, one sentence for each mistake."""
 
+import subprocess
+import sys
+
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 
 import mi_pipe
+from mi_pipe.export import hdf5
 from tests.activations.harvests import HEADS, RESIDUAL, harvest_toy
 from tests.flows.test_cli import command, only_line  # noqa: F401 (a fixture)
 from tests.stages.toys import toy_model
@@ -94,3 +98,40 @@ def test_mistakes_are_one_sentence(command, acts, store, dump, tmp_path):  # noq
     assert not (tmp_path / "new").exists()
     for line in (["export", acts.id], ["export", acts.id, "--to", "csv", "--out", "x"], ["import"]):
         assert command(*line)[0] == 2
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys, time
+from flows import cli
+from mi_pipe.export.import_job import ImportJob
+fill = ImportJob.fill
+def fill_one(self, shards, *told):
+    fill(self, list(shards)[:1], *told)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+ImportJob.fill = fill_one
+cli.main()
+"""
+
+
+def test_an_interrupted_import_says_one_sentence_and_goes_on(command, dump, store):  # noqa: F811
+    file, table, _ = dump
+    line = ["import", file, "--tokens", table, "--hook", HOOK]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT, *line], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 130
+    assert "What is finished stays in the store" in only_line(done.stderr)
+    assert len(store.unfinished_ids()) == 1
+    assert "Resumed" in command(*line)[1]
+
+
+def test_an_interrupted_export_says_one_sentence_and_leaves_nothing(command, acts, tmp_path, monkeypatch):  # noqa: F811
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hdf5, "_write_statistics", interrupted)
+    code, _, err = command("export", acts.id, "--to", "hdf5", "--out", str(tmp_path / "acts.h5"))
+    assert code == 130
+    assert only_line(err).startswith("Interrupted.")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
