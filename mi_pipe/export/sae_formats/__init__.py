@@ -1,0 +1,1 @@
+"""SAEs in and out of other programs' folders: SAELens, sparsify, dictionary_learning (out only)."""
