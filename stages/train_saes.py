@@ -1,7 +1,7 @@
 """train_saes: train sparse autoencoders on stored activations, a sweep with one pass over the data a hook point.
 
-Steps: for each hook point train its SAEs together, with checkpoints between, and save them on raw activations;
-then evaluate each on held-out rows and, spliced into the model, on held-out prompts. The mathematics is in
+Steps: for each place (hook point, or several) train its SAEs together, with checkpoints between, and save them on raw
+activations; then evaluate each on held-out rows and, spliced into the model, on held-out prompts. The mathematics is in
 `mi_pipe.saes`.
 """
 
@@ -9,49 +9,58 @@ import itertools
 import json
 import logging
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from mi_pipe.activations.prompt_agreement import check_prompts
+from mi_pipe.activations.provenance import model_id
 from mi_pipe.activations.store import ActivationStore
-from mi_pipe.activations.training.shuffled import ShuffledReader
-from mi_pipe.core import atomic
-from mi_pipe.core.errors import HookPointError, near_names
+from mi_pipe.activations.training.source import JoinedStores, RowSource
+from mi_pipe.core.errors import ConfigError, HookPointError, near_names
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.models.device import pick_device
 from mi_pipe.models.source import ModelSource, load_source
 from mi_pipe.prompts.prompt_set import PromptSet
-from mi_pipe.saes.checkpoint import Checkpoint, drop_checkpoint, load_checkpoint, save_checkpoint
 from mi_pipe.saes.config import TrainSAEsConfig
-from mi_pipe.saes.held_out import HeldOut, InModel
-from mi_pipe.saes.kernels import Precision, pick_precision
-from mi_pipe.saes.normalisation import Normaliser
-from mi_pipe.saes.sae import SAE
-from mi_pipe.saes.sae_set import CONFIG_FILE, EVALUATION_FILE, PROBE_FILE, TRAINING_FILE, WEIGHTS_FILE
-from mi_pipe.saes.storage import make_probe, read_sae, sae_config, sae_tensors
-from mi_pipe.saes.sweep import SAESpec, grid, short_hook
-from mi_pipe.saes.trainer import SAETrainer, Scratch, initial_parameters
-from mi_pipe.saes.training import CURVE_COLUMNS, TrainingGroup
+from mi_pipe.saes.grouping import largest_group_bytes, memory_groups, training_bytes, weight_bytes
+from mi_pipe.saes.held_out import IN_MODEL_COLUMNS, HeldOut, InModel
+from mi_pipe.saes.sae_set import (
+    CONFIG_FILE,
+    DENSITIES_FILE,
+    EVALUATION_FILE,
+    HELD_OUT_FILE,
+    PROBE_FILE,
+    TIMING_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    SAESet,
+)
+from mi_pipe.saes.site_training import Rows, SiteTraining, Start, finite
+from mi_pipe.saes.sites import Sites
+from mi_pipe.saes.storage import read_sae
+from mi_pipe.saes.sweep import SAESpec, grid
+from mi_pipe.saes.training import CURVE_COLUMNS
 
 logger = logging.getLogger(__name__)
 
-_PROBE_ROWS = 16
-_UNITS_A_HOOK = 50
-_FLOAT_BYTES = 4
-_COPIES_IN_CHECKPOINT = 3
-_EVALUATION_COLUMNS = [
-    *("sae", "fvu", "l0", "dead_fraction", "silent_fraction", "cosine", "n_rows"),
-    *("ce_clean", "ce_sae", "ce_zero", "ce_recovered", "n_prompts"),
+_UNITS_A_GROUP = 50
+_ROW_COLUMNS = (
+    *("fvu", "l0", "dead_fraction", "silent_fraction", "dense_fraction"),
+    *("cosine", "relative_bias", "l2_ratio", "mse", "n_rows"),
+)
+_EVALUATION_COLUMNS = ["sae", *_ROW_COLUMNS, *IN_MODEL_COLUMNS]
+_HELD_OUT_COLUMNS = [
+    *("sae", "step", "tokens"),
+    *(name for name in _ROW_COLUMNS if name != "dead_fraction"),
+    *IN_MODEL_COLUMNS,
 ]
 
 
@@ -62,57 +71,188 @@ class Inputs:
     model: ModelSource | None
     prompts: PromptSet | None
     activations: ActivationStore
+    other: ActivationStore | None = None
+    """A second store of the same tokens, whose hook points are named `other:hook`."""
+    start: SAESet | None = None
+    """A finished training to go on from."""
+
+    def source(self) -> RowSource:
+        """Return the rows; raises ConfigError if the stores' rows are not the same tokens."""
+        return self.activations if self.other is None else JoinedStores(self.activations, self.other)
 
 
 def estimate(config: TrainSAEsConfig, inputs: Inputs) -> Estimate:
-    """Return the bytes of all weights and of two checkpoints of the largest hook point (both exist for a moment)."""
-    specs = plan_sweep(config, inputs.activations)
-    weights: dict[str, int] = {}
-    for spec in specs:
-        width = inputs.activations.width(spec.hook)
-        weights[spec.hook] = weights.get(spec.hook, 0) + _FLOAT_BYTES * (2 * spec.d_sae * width + spec.d_sae + width)
-    size = sum(weights.values()) + 2 * _COPIES_IN_CHECKPOINT * max(weights.values())
+    """Return the bytes of all weights and states and of two checkpoints of the largest group (both exist at times)."""
+    specs = plan_sweep(config, inputs.source())
+    start_of(config, inputs, specs)
+    kept = sum(weight_bytes(spec) + config.keep_state * training_bytes(spec) for spec in specs)
+    size = kept + 2 * largest_group_bytes(specs)
+    n_sites = len({spec.sites for spec in specs})
     note = f"{len(specs)} SAEs, {config.n_steps * config.batch_rows:,} tokens each"
-    return Estimate(size, config.n_steps * len(weights), "steps", (note,))
+    return Estimate(size, config.n_steps * n_sites, "steps", (note,))
 
 
-def plan_sweep(config: TrainSAEsConfig, store: ActivationStore) -> list[SAESpec]:
-    """Return the SAEs to train, hook by hook; raises HookPointError for hook points that the store does not hold."""
-    for hook in config.hooks or []:
-        if hook not in store.hooks:
-            near = near_names(hook, store.hooks)
+def plan_sweep(config: TrainSAEsConfig, store: RowSource) -> list[SAESpec]:
+    """Return the SAEs to train, site by site; raises HookPointError for hook points that the store does not hold."""
+    widths = {hook: store.width(hook) for hook in store.hooks}
+    lr = config.optimisation.lr
+    return grid(
+        sites_of(config, widths, store.id),
+        _listed(config.architecture),
+        _listed(config.k),
+        _listed(config.d_sae),
+        config.seeds,
+        lr if isinstance(lr, list) and len(lr) > 1 else [None],
+        _listed(config.sparsity.coefficient),
+    )
+
+
+def sites_of(config: TrainSAEsConfig, widths: Mapping[str, int], where: str) -> list[Sites]:
+    """Return what `hooks` names, given the width of each hook point; raises HookPointError for unknown ones."""
+
+    def width(hook: str) -> int:
+        if hook not in widths:
+            near = near_names(hook, list(widths))
             raise HookPointError(
-                f"saes.hooks: {store.id} holds no activations of {hook!r}.{near} It holds {', '.join(store.hooks)}."
+                f"saes.hooks: {where} holds no activations of {hook!r}.{near} It holds {', '.join(widths)}."
             )
-    hooks = config.hooks or store.hooks
-    return grid(hooks, _listed(config.architecture), _listed(config.k), _listed(config.d_sae), config.seeds)
+        return widths[hook]
+
+    return [Sites.parse(text, width) for text in config.hooks or widths]
 
 
 def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
     return value if isinstance(value, list) else [value]
+
+
+def start_of(config: TrainSAEsConfig, inputs: Inputs, specs: list[SAESpec]) -> Start | None:
+    """Return where to go on; raises ConfigError if that training is not of the same SAEs with fewer tokens."""
+    before = inputs.start
+    if before is None:
+        return None
+    for spec in specs:
+        if spec.name not in before.names:
+            known = ", ".join(before.names)
+            raise ConfigError(f"saes.start_from: {before.id} has no {spec.name}, only {known}. Give the same options.")
+        before.state_of(spec.name)
+    old = TrainSAEsConfig.model_validate(before.manifest.config)
+    if (old.batch_rows, old.data, old.n_steps < config.n_steps) != (config.batch_rows, config.data, True):
+        raise ConfigError(
+            f"saes.start_from: {before.id} has {old.n_steps:,} steps of {old.batch_rows:,} rows; a training "
+            f"that goes on has the same batch_rows and data, and more tokens (here {config.n_steps:,} steps)."
+        )
+    return Start(old.n_steps, before.state_of)
 
 
 def run(config: TrainSAEsConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
     """Train, save and evaluate the sweep; return the range of the main figures over the SAEs."""
-    specs = plan_sweep(config, inputs.activations)
-    by_hook = {hook: list(group) for hook, group in itertools.groupby(specs, key=lambda spec: spec.hook)}
-    device = pick_device(config.device)
-    held_out = _held_out(config, inputs, device)
-    trainings = [_HookTraining(config, inputs, work, held_out, group) for group in by_hook.values()]
-    work.ledger.expect(len(trainings) * (_n_units(config) + 1) + len(specs))
-    curves = [row for training in trainings for row in training.finish()]
-    work.write_table(TRAINING_FILE, pd.DataFrame(curves, columns=list(CURVE_COLUMNS)))
-    probes = {spec.name: load_file(_probe_path(work, spec)) for spec in specs}
-    work.write_tensors(
-        PROBE_FILE, {f"{n}.{part}": value for n, probe in probes.items() for part, value in probe.items()}
-    )
-    dead = {row["sae"]: row["dead_fraction"] for row in curves}
-    rows = [{**_evaluate(spec, work, held_out, device), "dead_fraction": dead[spec.name]} for spec in specs]
+    source = inputs.source()
+    specs = plan_sweep(config, source)
+    start_of(config, inputs, specs)
+    by_site = [list(group) for _, group in itertools.groupby(specs, key=lambda spec: spec.sites)]
+    groups = [group for site in by_site for group in memory_groups(site, pick_device(config.device))]
+    held_out = _held_out(config, inputs)
+    if work.pool is None or work.pool.n_workers < 2:  # noqa: PLR2004
+        work.ledger.expect(len(groups) * _n_units(config) + len(specs))
+        found = [_train(Share(config, inputs, work.folder, work.scratch), group, held_out, work) for group in groups]
+    else:
+        groups = spread(specs, work.pool.n_workers)
+        work.ledger.expect(len(groups) * _n_units(config) + len(specs))
+        share = Share(config, inputs, work.folder, work.scratch)
+        found = []
+        for names, rows in work.pool.run(partial(train_share, share), groups):
+            found.append(rows)
+            _mark(work, names, config, config.n_steps)
+    _write_rows(work, specs, found)
+    dead = {row["sae"]: row["dead_fraction"] for row in _in_order(specs, [r for rows in found for r in rows.curve])}
+    rows = [{**_evaluate(spec, config, work, held_out), "dead_fraction": dead[spec.name]} for spec in specs]
     work.write_table(EVALUATION_FILE, pd.DataFrame(rows, columns=_EVALUATION_COLUMNS))
     return _summary(rows)
 
 
-def _held_out(config: TrainSAEsConfig, inputs: Inputs, device: torch.device) -> HeldOut:
+@dataclass(frozen=True)
+class Share:
+    """What it takes to train a part of the sweep, here or in a worker."""
+
+    config: TrainSAEsConfig
+    inputs: Inputs
+    folder: Path
+    scratch: Path
+
+    def training(self, specs: list[SAESpec]) -> SiteTraining:
+        """Return the training of SAEs of the same sites."""
+        inputs = self.inputs
+        start = start_of(self.config, inputs, specs)
+        model = inputs.model.id if inputs.model is not None else model_id(inputs.activations) or ""
+        return SiteTraining(self.config, inputs.source(), specs, self.folder, self.scratch, start, model)
+
+
+def spread(specs: list[SAESpec], n_workers: int) -> list[list[SAESpec]]:
+    """Share whole SAEs among workers: each site's in about equal groups, no more groups than it takes."""
+    sites = [list(group) for _, group in itertools.groupby(specs, key=lambda spec: spec.sites)]
+    each = max(1, math.ceil(n_workers / len(sites)))
+    return [site[i::each] for site in sites for i in range(min(each, len(site)))]
+
+
+def train_share(share: Share, specs: list[SAESpec]) -> tuple[list[SAESpec], Rows]:
+    """Train some SAEs in a worker process, from their last checkpoint; returns them and their rows."""
+    held_out = HeldOut(share.inputs.source(), share.config, None)
+    return specs, share.training(specs).finish(held_out)
+
+
+def _train(share: Share, specs: list[SAESpec], held_out: HeldOut, work: Workspace) -> Rows:
+    training, config = share.training(specs), share.config
+    total = config.n_steps * config.batch_rows
+
+    def on_rows(rows: list[dict[str, Any]]) -> None:
+        fvu = ", ".join(f"{row['fvu']:.3f}" for row in rows)
+        work.progress.update(rows[0]["tokens"], total, "tokens", f"{training.sites.short} FVU {fvu}")
+
+    return training.finish(held_out, on_rows, partial(_mark, work, specs, config))
+
+
+def _n_units(config: TrainSAEsConfig) -> int:
+    """Return in how many units the ledger counts the training of one group."""
+    return min(config.n_steps, _UNITS_A_GROUP)
+
+
+def _mark(work: Workspace, specs: list[SAESpec], config: TrainSAEsConfig, n_steps_done: int) -> None:
+    """Mark the units of training that are durable."""
+    n_units = _n_units(config)
+    for i in range(n_steps_done * n_units // config.n_steps):
+        unit = f"train {specs[0].name} and {len(specs) - 1} more {i + 1}/{n_units}"
+        if unit not in work.ledger:
+            work.ledger.mark(unit)
+
+
+def _write_rows(work: Workspace, specs: list[SAESpec], found: list[Rows]) -> None:
+    """Write the tables and gather the probes."""
+    curve, held_out, densities = (
+        _in_order(specs, [row for rows in found for row in getattr(rows, name)])
+        for name in ("curve", "held_out", "densities")
+    )
+    work.write_table(TRAINING_FILE, pd.DataFrame(curve, columns=list(CURVE_COLUMNS)))
+    work.write_table(HELD_OUT_FILE, pd.DataFrame(held_out, columns=_HELD_OUT_COLUMNS))
+    densities_frame = pd.DataFrame(densities, columns=["sae", "step", "log10_density", "n_features"])
+    work.write_table(DENSITIES_FILE, densities_frame.astype({"log10_density": "float64"}))
+    work.write_table(TIMING_FILE, pd.DataFrame([row for rows in found for row in rows.timing]))
+    work.volatile(TIMING_FILE)
+    paths = {spec.name: next(work.scratch.glob(f"sites/*/probes/{spec.name}.safetensors")) for spec in specs}
+    probes = {name: load_file(path) for name, path in paths.items()}
+    work.write_tensors(
+        PROBE_FILE, {f"{n}.{part}": value for n, probe in probes.items() for part, value in probe.items()}
+    )
+
+
+def _in_order(specs: list[SAESpec], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows in the order of the sweep, each SAE's as they came: however the SAEs were grouped."""
+    place = {spec.name: i for i, spec in enumerate(specs)}
+    return sorted(rows, key=lambda row: place[row["sae"]])
+
+
+def _held_out(config: TrainSAEsConfig, inputs: Inputs) -> HeldOut:
     """Return the held-out side; raises ConfigError if the rows are no tokens of the prompts."""
     model, prompts = inputs.model, inputs.prompts
     if prompts is not None:
@@ -122,144 +262,31 @@ def _held_out(config: TrainSAEsConfig, inputs: Inputs, device: torch.device) -> 
         logger.warning(
             "%s: no %s: cross-entropy with the SAEs in the model is not measured", inputs.activations.id, missing
         )
-        return HeldOut(inputs.activations, config, None)
-    return HeldOut(inputs.activations, config, InModel(prompts, lambda: load_source(model, str(device))))
+        return HeldOut(inputs.source(), config, None)
+    device = str(pick_device(config.device))
+    return HeldOut(inputs.source(), config, InModel(prompts, lambda: load_source(model, device)))
 
 
-def _evaluate(spec: SAESpec, work: Workspace, held_out: HeldOut, device: torch.device) -> dict[str, Any]:
+def _evaluate(spec: SAESpec, config: TrainSAEsConfig, work: Workspace, held_out: HeldOut) -> dict[str, Any]:
     unit = f"evaluate {spec.name}"
     if unit not in work.ledger:
         work.progress.update(0, 1, "evaluation", spec.name)
         folder = work.folder / "saes" / spec.name
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        sae = read_sae(config, load_file(folder / WEIGHTS_FILE)).to(device)
-        work.ledger.mark(unit, **held_out.evaluate(sae))
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        sae = read_sae(content, load_file(folder / WEIGHTS_FILE)).to(pick_device(config.device))
+        figures = vars(held_out.evaluate_rows(sae, config.evaluation.n_rows).figures)
+        in_model = held_out.evaluate_in_model(sae, config.evaluation.n_prompts)
+        work.ledger.mark(unit, **finite({**figures, **in_model}))
     return {"sae": spec.name, **work.ledger.info(unit)}
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Scalar]:
     summary: dict[str, Scalar] = {"n_saes": len(rows)}
     for name in ("fvu", "l0", "ce_recovered"):
-        values: list[float] = [row[name] for row in rows if not math.isnan(row[name])]
+        values: list[float] = [row[name] for row in rows if name in row]
         if values:
             summary |= {f"{name}_min": min(values), f"{name}_max": max(values)}
     return {**summary, "dead_fraction_max": max(row["dead_fraction"] for row in rows)}
 
 
-def _n_units(config: TrainSAEsConfig) -> int:
-    """Return in how many units the ledger counts the training of one hook point."""
-    return min(config.n_steps, _UNITS_A_HOOK)
-
-
-class _HookTraining:
-    """The training of one hook point's SAEs, from the last checkpoint to files."""
-
-    def __init__(
-        self, config: TrainSAEsConfig, inputs: Inputs, work: Workspace, held_out: HeldOut, specs: list[SAESpec]
-    ) -> None:
-        self._config = config
-        self._store = inputs.activations
-        self._work = work
-        self._held_out = held_out
-        self._specs = specs
-        self._hook = specs[0].hook
-        self._folder = work.scratch / "checkpoints" / short_hook(self._hook)
-        data = config.data
-        self._reader = ShuffledReader(
-            self._store,
-            [self._hook],
-            batch_rows=config.batch_rows,
-            seed=data.shuffle_seed,
-            pool_rows=data.pool_rows,
-            held_out_fraction=data.held_out_fraction,
-            split_seed=data.split_seed,
-        )
-
-    def finish(self) -> list[dict[str, Any]]:
-        """Do what is left to do; return the training curve."""
-        saved, curve_path = f"save {self._hook}", self._folder / "curve.json"
-        if saved not in self._work.ledger:
-            device = pick_device(self._config.device)
-            precision = self._config.encoder_precision
-            precision = pick_precision(device) if precision == "auto" else precision
-            group = self._group(device, precision)
-            curve = self._train(group)
-            for spec, sae in zip(self._specs, group.folded().values(), strict=True):
-                self._save(spec, sae, precision)
-            atomic.write_json(curve_path, curve)
-            self._mark(self._config.n_steps)
-            self._work.ledger.mark(saved)
-            drop_checkpoint(self._folder)
-        return json.loads(curve_path.read_text(encoding="utf-8"))
-
-    def _group(self, device: torch.device, precision: Precision) -> TrainingGroup:
-        statistics = self._store.statistics(self._hook)
-        normaliser = Normaliser.from_moments(
-            torch.from_numpy(statistics.mean), statistics.mean_square_norm_centred, self._hook
-        )
-        logger.info(
-            "%s: the mean's norm is %.2f of the deviation's; %d massive rows are left out",
-            *(self._hook, normaliser.outlier_ratio, statistics.n_massive),
-        )
-        scratch = Scratch()
-        trainers: dict[str, SAETrainer] = {}
-        for spec in self._specs:
-            params = initial_parameters(self._store.width(self._hook), spec.d_sae, spec.seed).to(device)
-            settings = self._config.trainer_settings(spec.d_sae, precision)
-            trainers[spec.name] = SAETrainer(params, spec.build(self._config.n_steps), settings, scratch)
-        return TrainingGroup(normaliser, trainers)
-
-    def _train(self, group: TrainingGroup) -> list[dict[str, Any]]:
-        first, curve = self._resume(group)
-        n_steps, saved_at = self._config.n_steps, time.monotonic()
-        for interval in group.train(self._batches(first), first, n_steps, self._config.log_steps):
-            curve += interval.rows
-            self._report(interval.rows)
-            if time.monotonic() - saved_at >= self._config.checkpoint_s and interval.n_steps_done < n_steps:
-                save_checkpoint(self._folder, Checkpoint(interval.n_steps_done, group.state(), curve))
-                self._mark(interval.n_steps_done)
-                saved_at = time.monotonic()
-        return curve
-
-    def _resume(self, group: TrainingGroup) -> tuple[int, list[dict[str, Any]]]:
-        found = load_checkpoint(self._folder)
-        if found is None:
-            return 0, []
-        group.load_state(found.tensors)
-        logger.info("%s: going on at step %d", self._hook, found.step)
-        return found.step, found.rows
-
-    def _batches(self, first_step: int) -> Iterator[Tensor]:
-        n_left = self._config.n_steps - first_step
-        device = pick_device(self._config.device)
-        return (batch[self._hook] for batch in self._reader.batches(first_step, n_left, device=device))
-
-    def _report(self, rows: list[dict[str, Any]]) -> None:
-        total = self._config.n_steps * self._config.batch_rows
-        fvu = ", ".join(f"{row['fvu']:.3f}" for row in rows)
-        self._work.progress.update(rows[0]["tokens"], total, "tokens", f"{short_hook(self._hook)} FVU {fvu}")
-
-    def _mark(self, n_steps_done: int) -> None:
-        """Mark the units of training that are durable."""
-        n_units = _n_units(self._config)
-        for i in range(n_steps_done * n_units // self._config.n_steps):
-            unit = f"train {self._hook} {i + 1}/{n_units}"
-            if unit not in self._work.ledger:
-                self._work.ledger.mark(unit)
-
-    def _save(self, spec: SAESpec, sae: SAE, precision: Precision) -> None:
-        sae.hook, sae.architecture, sae.name = spec.hook, spec.architecture, spec.name
-        probe = make_probe(sae, self._held_out.sample(self._hook, _PROBE_ROWS))
-        with atomic.atomic_path(_probe_path(self._work, spec)) as temp:
-            save_file(probe, temp)
-        folder = f"saes/{spec.name}"
-        self._work.write_tensors(f"{folder}/{WEIGHTS_FILE}", sae_tensors(sae))
-        self._work.write_json(f"{folder}/{CONFIG_FILE}", sae_config(sae, spec.seed, probe, precision))
-
-
-def _probe_path(work: Workspace, spec: SAESpec) -> Path:
-    """Return where an SAE's probe lies until those of all SAEs are gathered in one file."""
-    return work.scratch / "probes" / f"{spec.name}.safetensors"
-
-
-STAGE = Stage(name="train_saes", version=1, config=TrainSAEsConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="train_saes", version=2, config=TrainSAEsConfig, inputs=Inputs, run=run, estimate=estimate)

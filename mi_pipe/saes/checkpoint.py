@@ -23,7 +23,7 @@ class Checkpoint:
 
     step: int
     tensors: dict[str, Tensor]
-    rows: list[dict[str, Any]]
+    rows: dict[str, Any]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -7,9 +7,17 @@ feature's rows.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+def true_positions(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " entry"]:
+    """Return the flat positions (int64, ascending) of the true entries."""
+    if mask.device.type == "cpu":  # numpy finds them several times as fast as torch
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.reshape(-1).nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,21 @@ class SparseCode:
         starts = torch.arange(0, n_rows * k + 1, k, dtype=torch.int32, device=features.device)
         return cls(starts, features.reshape(-1).to(torch.int32), values.reshape(-1), d_sae)
 
+    @classmethod
+    def from_positions(
+        cls, positions: Int[Tensor, " entry"], values: Float[Tensor, " entry"], n_rows: int, d_sae: int
+    ) -> "SparseCode":
+        """Make a code of entries at flat positions row * d_sae + feature (int64, ascending)."""
+        bounds = torch.arange(n_rows + 1, device=positions.device) * d_sae
+        starts = torch.searchsorted(positions, bounds, out_int32=True)
+        return cls(starts, (positions % d_sae).to(torch.int32), values, d_sae)
+
+    @classmethod
+    def from_mask(cls, is_entry: Bool[Tensor, "batch d_sae"], dense: Float[Tensor, "batch d_sae"]) -> "SparseCode":
+        """Make a code of the entries of a dense matrix where a mask says so."""
+        positions = true_positions(is_entry)
+        return cls.from_positions(positions, dense.reshape(-1)[positions], *dense.shape)
+
     @property
     def n_rows(self) -> int:
         """Number of rows of the batch."""
@@ -49,11 +72,9 @@ class SparseCode:
         """Return the number of entries above 0."""
         return torch.count_nonzero(self.values)
 
-    def fired(self) -> Bool[Tensor, " d_sae"]:
-        """Say of each feature whether any row has it above 0."""
-        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.features.device)
-        fired[self.features[self.values > 0].long()] = True
-        return fired
+    def n_fired(self) -> Int[Tensor, " d_sae"]:
+        """Return in how many rows each feature is above 0, int64."""
+        return torch.bincount(self.features[self.values > 0], minlength=self.d_sae)
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """Return the code as a dense matrix (for tests and small batches)."""

@@ -1,25 +1,26 @@
-"""How well an SAE does on activations it was not trained on, and what it costs the model to run on its output.
+"""How well an SAE does on activations it was not trained on: figures over a set of rows.
 
-On held-out rows: FVU, L0, mean cosine of x and x̂, share of features that never fire. In the model: the
-cross-entropy of the next token on held-out prompts with the hook point's value left alone (clean), replaced by
-x̂ (sae) and by zero (zero), and recovered = (zero - sae) / (zero - clean). Replaced are the positions the store
-holds rows for, but not BOS and not massive rows: an SAE never sees those in training, and one wrong massive row
-would outweigh all the others.
+With x what is to be reconstructed (for a transcoder its output's activations) and x̂ the reconstruction: FVU and L0 as
+in `metrics`; cosine, the mean over rows of cos(x, x̂); relative_bias, Σ‖x̂‖² / Σ x̂·x (Rajamanoharan et al. 2024, Gated
+SAEs, equation 10: 1 without shrinkage); l2_ratio, the mean of ‖x̂‖ / ‖x‖; mse, Σ‖x - x̂‖² / (rows * d); silent_fraction
+and dense_fraction, the shares of features that fire on none and on more than a tenth of the rows.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from mi_pipe.models.model import Model
+from mi_pipe.saes.kernels import decode
 from mi_pipe.saes.metrics import StreamingFVU, wide_dtype
 from mi_pipe.saes.sae import SAE
+from mi_pipe.saes.step import Batch, chunks_of
 
-Replacement = Callable[[Float[Tensor, "position d_in"]], Float[Tensor, "position d_in"]]
+_DENSE_SHARE = 0.1
+_TOTALS: tuple[str, ...] = ("cosine", "square", "inner", "ratio", "error")
 
 
 @dataclass(frozen=True)
@@ -30,104 +31,71 @@ class RowFigures:
     fvu: float
     l0: float
     cosine: float
+    relative_bias: float
+    l2_ratio: float
+    mse: float
     silent_fraction: float
-    """Share of features that fire on none of the rows."""
+    dense_fraction: float
 
 
 @dataclass(frozen=True)
-class PromptBatch:
-    """Prompts padded at the right to one length, and where values may be replaced."""
+class RowEvaluation:
+    """Metrics over a set of rows, and on how many of them each feature fires (int64)."""
 
-    tokens: Int[Tensor, "batch pos"]
-    is_token: Bool[Tensor, "batch pos"]
-    is_replaced: Bool[Tensor, "batch pos"]
-
-
-@dataclass(frozen=True)
-class SpliceFigures:
-    """Cross-entropies in nats a token, and the share of the loss recovered."""
-
-    ce_clean: float
-    ce_sae: float
-    ce_zero: float
-
-    @property
-    def ce_recovered(self) -> float:
-        """(zero - sae) / (zero - clean); NaN if zero-ablation changes nothing."""
-        gap = self.ce_zero - self.ce_clean
-        return (self.ce_zero - self.ce_sae) / gap if gap else float("nan")
+    figures: RowFigures
+    n_fired: Int[Tensor, " d_sae"]
 
 
 @torch.no_grad()
-def evaluate_rows(sae: SAE, batches: Iterable[Float[Tensor, "batch d_in"]]) -> RowFigures:
+def evaluate_rows(sae: SAE, batches: Iterable[Batch]) -> RowEvaluation:
     """Return metrics over raw activations; raises ValueError if there are none."""
-    fvu = StreamingFVU(sae.d_in, sae.device)
-    cosine = torch.zeros((), dtype=wide_dtype(sae.device), device=sae.device)
-    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.device)
-    n_active = n_rows = 0
+    sums = _Sums(sae)
     for batch in batches:
-        x = batch.to(sae.device)
-        z = sae.encode(x)
-        reconstruction = sae.decode(z)
-        fvu.update(x, reconstruction)
-        cosine += functional.cosine_similarity(x, reconstruction, dim=-1).sum()
-        fired |= (z > 0).any(0)
-        n_active += int(torch.count_nonzero(z))
-        n_rows += x.shape[0]
-    if not n_rows:
-        raise ValueError("an SAE cannot be evaluated on no rows")
-    silent = float((~fired).double().mean())
-    return RowFigures(n_rows, fvu.value(), n_active / n_rows, float(cosine) / n_rows, silent)
+        for rows in chunks_of(batch.x.shape[0], sae.d_sae):
+            sums.add(sae, batch.x[rows].to(sae.device), batch.target[rows].to(sae.device))
+    return sums.evaluation()
 
 
-def pad_prompts(prompts: list[Int[Tensor, " pos"]], is_replaced: list[Bool[Tensor, " pos"]]) -> PromptBatch:
-    """Make a batch of prompts; padding at the right cannot reach earlier positions of a causal model."""
-    tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    ones = [torch.ones_like(prompt, dtype=torch.bool) for prompt in prompts]
-    is_token = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True)
-    replaced = torch.nn.utils.rnn.pad_sequence(is_replaced, batch_first=True)
-    return PromptBatch(tokens, is_token, replaced)
+class _Sums:
+    """Running sums of the metrics, in wide precision."""
 
+    def __init__(self, sae: SAE) -> None:
+        self._fvu = StreamingFVU(sae.d_out, sae.device)
+        self._n_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
+        self._totals = dict.fromkeys(_TOTALS, 0.0)
+        self._n_rows = 0
+        self._width = sae.d_out
 
-def zeros(x: Float[Tensor, "position d_in"]) -> Float[Tensor, "position d_in"]:
-    """Replace by zero."""
-    return torch.zeros_like(x)
+    def add(self, sae: SAE, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]) -> None:
+        code = sae.encode_sparse(x)
+        reconstruction = sae.with_skip(decode(code, sae.W_dec) + sae.b_dec, x)
+        self._fvu.update(target, reconstruction)
+        self._n_fired += torch.bincount(code.features[code.values > 0], minlength=sae.d_sae)
+        wide, made = (value.to(wide_dtype(x.device)) for value in (target, reconstruction))
+        norms = torch.linalg.vector_norm(wide, dim=1), torch.linalg.vector_norm(made, dim=1)
+        found = {
+            "cosine": functional.cosine_similarity(wide, made, dim=-1).sum(),
+            "square": norms[1].square().sum(),
+            "inner": (wide * made).sum(),
+            "ratio": (norms[1] / norms[0].clamp_min(torch.finfo(wide.dtype).tiny)).sum(),
+            "error": (wide - made).square().sum(),
+        }
+        self._totals = {name: self._totals[name] + float(value) for name, value in found.items()}
+        self._n_rows += x.shape[0]
 
-
-@torch.no_grad()
-def cross_entropy(
-    model: Model, hook: str, batches: Iterable[PromptBatch], replacement: Replacement | None = None
-) -> float:
-    """Return the mean cross-entropy of the next token over all tokens that have one, in nats.
-
-    `replacement` maps the values at replaced positions, (position, d_in) float32, to others; None leaves the
-    model alone.
-    """
-    total = torch.zeros((), dtype=wide_dtype(model.device), device=model.device)
-    n_predicted = 0
-    for batch in batches:
-        tokens = batch.tokens.to(model.device)
-        logits = _logits(model, hook, tokens, batch.is_replaced.to(model.device), replacement)
-        is_predicted = batch.is_token[:, 1:].to(model.device)
-        total += functional.cross_entropy(
-            logits[:, :-1][is_predicted].float(), tokens[:, 1:][is_predicted], reduction="sum"
+    def evaluation(self) -> RowEvaluation:
+        n, totals = self._n_rows, self._totals
+        if not n:
+            raise ValueError("an SAE cannot be evaluated on no rows")
+        figures = RowFigures(
+            n_rows=n,
+            fvu=self._fvu.value(),
+            l0=int(self._n_fired.sum()) / n,
+            cosine=totals["cosine"] / n,
+            relative_bias=totals["square"] / totals["inner"] if totals["inner"] else float("nan"),
+            l2_ratio=totals["ratio"] / n,
+            mse=totals["error"] / (n * self._width),
+            silent_fraction=float((self._n_fired == 0).double().mean()),
+            dense_fraction=float((self._n_fired > _DENSE_SHARE * n).double().mean()),
         )
-        n_predicted += int(is_predicted.sum())
-    return float(total) / n_predicted
-
-
-def _logits(
-    model: Model, hook: str, tokens: Tensor, is_replaced: Tensor, replacement: Replacement | None
-) -> Float[Tensor, "batch pos d_vocab"]:
-    if replacement is None:
-        return model.logits(tokens)
-
-    def edit(value: Tensor, **_: object) -> Tensor:
-        flat = value.reshape(*tokens.shape, -1).clone()
-        flat[is_replaced] = replacement(flat[is_replaced].float()).to(flat.dtype)
-        return flat.reshape(value.shape)
-
-    if model.hooks[hook].module_path is None:
-        return model.bridge.run_with_hooks(tokens, fwd_hooks=[(hook, edit)])
-    with model.edited({hook: edit}):
-        return model.logits(tokens)
+        return RowEvaluation(figures, self._n_fired)

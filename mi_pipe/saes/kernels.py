@@ -13,7 +13,7 @@ import warnings
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,8 +22,6 @@ from mi_pipe.saes.code import FeatureOrder, SparseCode
 
 Precision = Literal["float32", "bfloat16"]
 
-_PREFILTER_WIDTH = 16
-_LARGEST_CHUNK = 6
 _GATHER_ENTRIES = 1 << 15
 
 
@@ -44,70 +42,6 @@ def pre_activations(
         product = x.to(torch.bfloat16) @ W_enc.to(torch.bfloat16).T
         return product.to(x.dtype).add_(b_enc)
     return torch.addmm(b_enc, x, W_enc.T, out=out)
-
-
-def top_k_rows(pre: Float[Tensor, "batch d_sae"], k: int) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """Return the k largest values of each row and their columns, in the order of columns.
-
-    Exact; equal values may be told apart differently than by `topk`.
-    """
-    columns = _top_k_columns(pre, k).sort(dim=1).values
-    return pre.gather(1, columns), columns
-
-
-def _top_k_columns(pre: Float[Tensor, "batch column"], k: int) -> Int[Tensor, "batch k"]:
-    """Return the columns of the k largest values of each row, in any order.
-
-    Wide rows are cut into small chunks: the k largest values lie in the k chunks with the largest maxima (found
-    the same way), so only those are looked at again.
-    """
-    n_rows, n_columns = pre.shape
-    chunk = _chunk_of(n_columns) if pre.device.type == "cpu" and n_columns >= _PREFILTER_WIDTH * k else 1
-    if chunk == 1:
-        return pre.topk(k, dim=1, sorted=False).indices
-    n_chunks = n_columns // chunk
-    chunks = _top_k_columns(pre.view(n_rows, chunk, n_chunks).amax(1), k)
-    steps = torch.arange(chunk, device=pre.device) * n_chunks
-    candidates = (chunks[:, None, :] + steps[:, None]).view(n_rows, -1)
-    places = pre.gather(1, candidates).topk(k, dim=1, sorted=False).indices
-    return candidates.gather(1, places)
-
-
-def _chunk_of(n_columns: int) -> int:
-    """Return the largest size of at most 6 into which the columns divide."""
-    return next(size for size in range(_LARGEST_CHUNK, 0, -1) if n_columns % size == 0)
-
-
-def top_k_flat(pre: Float[Tensor, "batch d_sae"], n_kept: int) -> tuple[Int[Tensor, " entry"], Float[Tensor, " entry"]]:
-    """Return flat positions (int64, ascending) and values of the `n_kept` largest values of a matrix, of those above 0.
-
-    A sample of the matrix gives a bound that a few more than `n_kept` values pass; only those are sorted. Exact; of
-    equal values at the edge the first are kept.
-    """
-    flat = pre.reshape(-1)
-    bound = _lower_bound(flat, n_kept)
-    positions = (flat > bound).nonzero().squeeze(1)
-    values = flat[positions]
-    if values.shape[0] < n_kept and bound > 0:
-        positions = (flat > 0).nonzero().squeeze(1)
-        values = flat[positions]
-    if values.shape[0] <= n_kept:
-        return positions, values
-    edge = values.topk(n_kept, sorted=False).values.min()
-    keep = values > edge
-    ties = (values == edge).nonzero().squeeze(1)
-    keep[ties[: n_kept - int(keep.sum())]] = True
-    return positions[keep], values[keep]
-
-
-def _lower_bound(flat: Float[Tensor, " value"], n_kept: int) -> float:
-    """Return a value, at least 0, that probably somewhat more than `n_kept` entries exceed."""
-    stride = 61
-    sample = flat[::stride]
-    rank = int(1.1 * n_kept / stride + 4 * (n_kept / stride) ** 0.5) + 4
-    if rank >= sample.shape[0]:
-        return 0.0
-    return max(0.0, float(sample.topk(rank, sorted=False).values.min()))
 
 
 def decode(code: SparseCode, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:  # noqa: N803

@@ -3,6 +3,8 @@
 FVU = Σ‖x - x̂‖² / Σ‖x - x̄‖², both over the same whole set, x̄ that set's mean. L0 = active features / rows.
 """
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +30,16 @@ class Moments:
         self.n_rows += x.shape[0]
         self._sum += x.sum(0)
         self._square += torch.linalg.vector_norm(x).to(self._dtype).square()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what it takes to go on."""
+        return {"n_rows": torch.tensor(self.n_rows), "sum": self._sum, "square": self._square}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from saved sums."""
+        self.n_rows = int(state["n_rows"])
+        self._sum.copy_(state["sum"])
+        self._square.copy_(state["square"])
 
     def centred_square(self) -> Float[Tensor, ""]:
         """Return Σ‖x - x̄‖² over all rows so far."""

@@ -1,16 +1,18 @@
-"""How parameters move: Adam with a schedule, a clipped gradient, and a decoder that keeps rows of norm 1.
+"""How parameters move: Adam with a schedule, a clipped gradient, and mostly a decoder that keeps rows of norm 1.
 
 Steps of one update: project each decoder row's gradient orthogonal to the row (a step along it would only be undone
 by the normalisation), clip the norm of all gradients together, Adam (fused), rescale decoder rows to norm 1.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from mi_pipe.saes.gradients import Parameters
+from mi_pipe.saes.parameters import Parameters, unit_rows_
 
 _REFERENCE_LR = 2e-4
 _REFERENCE_WIDTH = 2**14
@@ -54,31 +56,55 @@ class Schedule:
 class Optimiser:
     """Adam over one SAE's parameters."""
 
-    def __init__(self, params: Parameters, schedule: Schedule, clip_norm: float) -> None:
-        """Start with zero moments."""
+    def __init__(
+        self,
+        params: Parameters,
+        schedule: Schedule,
+        clip_norm: float,
+        has_unit_decoder: bool = True,
+        lr_factors: Mapping[str, float] | None = None,
+    ) -> None:
+        """Start with zero moments; `lr_factors` multiply the learning rate of parameters by name."""
         self._params = params
         self._schedule = schedule
         self._clip_norm = clip_norm
-        self._adam = torch.optim.Adam(list(params.named().values()), lr=schedule.peak, betas=_BETAS, fused=True)
+        self._has_unit_decoder = has_unit_decoder
+        factors = lr_factors or {}
+        groups = [
+            {"params": [value], "lr": schedule.peak, "factor": factors.get(name, 1.0)}
+            for name, value in params.named().items()
+        ]
+        self._adam = torch.optim.Adam(groups, lr=schedule.peak, betas=_BETAS, fused=True)
 
     def step(self, gradients: Parameters, step: int) -> tuple[float, float]:
         """Update the parameters in place; return the gradients' norm before clipping, and the learning rate."""
         W_dec = self._params.W_dec  # noqa: N806 (the field's name)
-        along = torch.linalg.vecdot(gradients.W_dec, W_dec)
-        gradients.W_dec.addcmul_(along[:, None], W_dec, value=-1)
+        if self._has_unit_decoder:
+            along = torch.linalg.vecdot(gradients.W_dec, W_dec)
+            gradients.W_dec.addcmul_(along[:, None], W_dec, value=-1)
         grads = list(gradients.named().values())
         norm = float(torch.nn.utils.get_total_norm(grads))
         if norm > self._clip_norm:
             for grad in grads:
                 grad.mul_(self._clip_norm / norm)
         lr = self._schedule.lr(step)
-        self._adam.param_groups[0]["lr"] = lr
+        for group in self._adam.param_groups:
+            group["lr"] = lr * group["factor"]
         for param, grad in zip(self._params.named().values(), grads, strict=True):
             param.grad = grad
         self._adam.step()
         self._adam.zero_grad()
-        unit_rows_(W_dec)
+        if self._has_unit_decoder:
+            unit_rows_(W_dec)
         return norm, lr
+
+    def forget(self, features: Int[Tensor, " feature"]) -> None:
+        """Set the moments of some features to zero: their weights were replaced."""
+        d_sae = self._params.d_sae
+        for param in self._params.named().values():
+            if param.shape[0] == d_sae and param in self._adam.state:
+                for key in ("exp_avg", "exp_avg_sq"):
+                    self._adam.state[param][key][features] = 0
 
     def state(self) -> dict[str, Tensor]:
         """Return the moments and step counts by name."""
@@ -93,10 +119,5 @@ class Optimiser:
         """Go on from saved moments."""
         for name, param in self._params.named().items():
             self._adam.state[param] = {
-                key: state[f"{name}.{key}"].to(param.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                key: state[f"{name}.{key}"].to(param.device).clone() for key in ("step", "exp_avg", "exp_avg_sq")
             }
-
-
-def unit_rows_(matrix: Tensor) -> None:
-    """Scale the rows of a matrix to norm 1, in place."""
-    matrix.div_(torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp_min_(torch.finfo(matrix.dtype).tiny))

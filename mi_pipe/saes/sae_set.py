@@ -19,6 +19,10 @@ WEIGHTS_FILE = "weights.safetensors"
 PROBE_FILE = "probe.safetensors"
 TRAINING_FILE = "training.parquet"
 EVALUATION_FILE = "evaluation.parquet"
+HELD_OUT_FILE = "held_out.parquet"
+DENSITIES_FILE = "densities.parquet"
+TIMING_FILE = "timing.parquet"
+STATE_FOLDER = "state"
 
 
 class SAESet(Artifact):
@@ -38,6 +42,29 @@ class SAESet(Artifact):
     def training(self) -> "pd.DataFrame":
         """Training curves: one row an SAE and interval."""
         return self.read_table(TRAINING_FILE)
+
+    @cached_property
+    def held_out(self) -> "pd.DataFrame":
+        """Metrics on held-out rows at moments of the training: one row an SAE and moment."""
+        return self.read_table(HELD_OUT_FILE)
+
+    @cached_property
+    def densities(self) -> "pd.DataFrame":
+        """Histograms of feature densities at the same moments, by bins of log10 of the share of rows."""
+        return self.read_table(DENSITIES_FILE)
+
+    @cached_property
+    def timing(self) -> "pd.DataFrame":
+        """Speed of the training and the share of time that waited for data; of the launches that made this artifact."""
+        return self.read_table(TIMING_FILE)
+
+    def state_of(self, name: str) -> "dict[str, Tensor]":
+        """Return the state in which an SAE's training ended; raises ArtifactNotFoundError if it was not kept."""
+        self.config_of(name)
+        file = f"{STATE_FOLDER}/{name}.safetensors"
+        if file not in self.manifest.files:
+            raise ArtifactNotFoundError(f"{self.id} has not kept the state of {name}; use keep_state for that.")
+        return self.read_tensors(file)
 
     @cached_property
     def _probes(self) -> "dict[str, Tensor]":

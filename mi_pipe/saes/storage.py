@@ -4,6 +4,7 @@ The probe is a few raw activations and the reconstructions that the SAE gave whe
 reconstructions has read the weights or the inference rule wrongly.
 """
 
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -11,43 +12,68 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_pipe.saes.architecture import InferenceRule
+from mi_pipe.saes.inference import InferenceRule
 from mi_pipe.saes.kernels import Precision
 from mi_pipe.saes.sae import SAE
+from mi_pipe.saes.sites import Sites
 
 _TOLERANCE = 1e-3
+_UNIT_TOLERANCE = 1e-4
 
 
 def sae_tensors(sae: SAE) -> dict[str, Tensor]:
     """Return the tensors to save."""
     tensors = {"W_enc": sae.W_enc.data, "b_enc": sae.b_enc.data, "W_dec": sae.W_dec.data, "b_dec": sae.b_dec.data}
-    return tensors if sae.threshold is None else {**tensors, "threshold": sae.threshold}
+    skip = {} if sae.W_skip is None else {"W_skip": sae.W_skip.data}
+    return {**tensors, **skip, **sae.rule.tensors()}
 
 
-def sae_config(sae: SAE, seed: int, probe: dict[str, Tensor], precision: Precision = "float32") -> dict[str, Any]:
-    """Return the JSON beside the tensors."""
+def sae_config(
+    sae: SAE, seed: int | None, probe: dict[str, Tensor], precision: Precision = "float32", **training: Any
+) -> dict[str, Any]:
+    """Return the JSON beside the tensors; `training` is what else is to be known of how it came about."""
     return {
         "name": sae.name,
         "architecture": sae.architecture,
+        "kind": sae.sites.kind,
+        "model": sae.model,
         "hook": sae.hook,
+        "hook_out": sae.hook_out,
+        "sites": {key: list(value) for key, value in dataclasses.asdict(sae.sites).items()},
         "d_in": sae.d_in,
+        "d_out": sae.d_out,
         "d_sae": sae.d_sae,
         "k": sae.k,
         "seed": seed,
         "encoder_precision": precision,
-        "inference": {"rule": sae.rule, "k": sae.k} if sae.rule == "topk" else {"rule": sae.rule},
-        "subtract_b_dec": True,
-        "decoder_rows": "unit",
+        "inference": {"rule": sae.rule.kind, "k": sae.k} if sae.rule.kind == "topk" else {"rule": sae.rule.kind},
+        "subtract_b_dec": sae.subtract_b_dec,
+        "decoder_rows": "unit" if _has_unit_rows(sae) else "free",
+        "training": training,
         "probe_sha256": probe_checksum(probe),
     }
 
 
+def _has_unit_rows(sae: SAE) -> bool:
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
+    return bool(((norms - 1).abs() < _UNIT_TOLERANCE).all())
+
+
 def read_sae(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     """Make an SAE of its saved config and tensors."""
-    rule = InferenceRule(config["inference"]["rule"], config["k"], tensors.get("threshold"))
-    weights = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    named = {name: tensors.get(name) for name in ("threshold", "r_mag", "b_mag")}
     return SAE(
-        **weights, rule=rule, hook=config["hook"], architecture=config["architecture"], name=config["name"]
+        tensors["W_enc"],
+        tensors["b_enc"],
+        tensors["W_dec"],
+        tensors["b_dec"],
+        rule=InferenceRule(config["inference"]["rule"], config["k"], **named),
+        architecture=config["architecture"],
+        name=config["name"],
+        W_skip=tensors.get("W_skip"),
+        subtract_b_dec=config["subtract_b_dec"],
+        sites=Sites(**{key: tuple(value) for key, value in config["sites"].items()}),
+        model=config["model"],
     ).eval()
 
 

@@ -6,56 +6,60 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mi_pipe.core.errors import ConfigError
-from mi_pipe.saes.architecture import Architecture, ArchitectureName
-from mi_pipe.saes.batchtopk import BatchTopK
-from mi_pipe.saes.topk import TopK
+from mi_pipe.saes.architectures.base import ArchitectureName
+from mi_pipe.saes.sites import Sites
+
+PENALISED: tuple[ArchitectureName, ...] = ("standard", "jumprelu", "gated", "p_anneal")
+"""Architectures whose sparsity comes of a penalty with a coefficient."""
 
 
 @dataclass(frozen=True)
 class SAESpec:
     """One SAE to train."""
 
-    hook: str
+    sites: Sites
     architecture: ArchitectureName
     k: int
+    """Features a row: exactly (topk), on average (batchtopk, matryoshka), or aimed at (the others)."""
     d_sae: int
     seed: int
+    lr: float | None = None
+    """Learning rate at its peak; None for the default."""
+    coefficient: float | None = None
+    """A fixed coefficient of the sparsity penalty, instead of `k`."""
 
     @property
     def name(self) -> str:
         """Folder-safe name.
 
-        >>> SAESpec("blocks.15.hook_resid_post", "topk", 32, 4608, 0).name
+        >>> SAESpec(Sites.of_sae("blocks.15.hook_resid_post", 576), "topk", 32, 4608, 0).name
         'L15.resid_post.topk.k32.d4608.s0'
         """
-        return f"{short_hook(self.hook)}.{self.architecture}.k{self.k}.d{self.d_sae}.s{self.seed}"
-
-    def build(self, n_steps: int) -> Architecture:
-        """Return the architecture, for a training of `n_steps`."""
-        return TopK(self.k) if self.architecture == "topk" else BatchTopK(self.k, n_steps)
-
-
-def short_hook(hook: str) -> str:
-    """Return a short name of a hook point.
-
-    >>> short_hook("blocks.3.attn.hook_z"), short_hook("hook_embed")
-    ('L3.attn.z', 'embed')
-    """
-    parts = [part.removeprefix("hook_") for part in hook.split(".")]
-    if parts[0] == "blocks" and len(parts) > 1 and parts[1].isdigit():
-        parts = [f"L{parts[1]}", *parts[2:]]
-    return ".".join(parts)
+        sparsity = f"k{self.k}" if self.coefficient is None else f"c{self.coefficient:g}"
+        rate = "" if self.lr is None else f".lr{self.lr:g}"
+        return f"{self.sites.short}.{self.architecture}.{sparsity}.d{self.d_sae}.s{self.seed}{rate}"
 
 
 def grid(
-    hooks: Sequence[str],
+    sites: Sequence[Sites],
     architectures: Sequence[ArchitectureName],
     ks: Sequence[int],
     widths: Sequence[int],
     seeds: Sequence[int],
+    lrs: Sequence[float | None] = (None,),
+    coefficients: Sequence[float] = (),
 ) -> list[SAESpec]:
-    """Return the product of all options, hook by hook; raises ConfigError for impossible or repeated ones."""
-    specs = [SAESpec(*options) for options in itertools.product(hooks, architectures, ks, widths, seeds)]
+    """Return the product of all options, site by site; raises ConfigError for impossible or repeated ones.
+
+    With `coefficients`, architectures with a penalty take those instead of `ks`. Learning rates are named where there
+    are several.
+    """
+    specs = [
+        SAESpec(site, architecture, k, d_sae, seed, lr, coefficient)
+        for site, architecture in itertools.product(sites, architectures)
+        for k, coefficient in _sparsities(architecture, ks, coefficients)
+        for d_sae, seed, lr in itertools.product(widths, seeds, lrs)
+    ]
     for spec in specs:
         if spec.k > spec.d_sae:
             raise ConfigError(f"saes: k={spec.k} is more than d_sae={spec.d_sae}. Use a smaller k or a larger d_sae.")
@@ -63,3 +67,11 @@ def grid(
     if repeated:
         raise ConfigError(f"saes: the sweep has {repeated[0]} more than once. Give each option once.")
     return specs
+
+
+def _sparsities(
+    architecture: ArchitectureName, ks: Sequence[int], coefficients: Sequence[float]
+) -> list[tuple[int, float | None]]:
+    if coefficients and architecture in PENALISED:
+        return [(1, coefficient) for coefficient in coefficients]
+    return [(k, None) for k in ks]

@@ -2,11 +2,15 @@
 
 import torch
 
+from mi_pipe.saes.building import build_trainer
+from mi_pipe.saes.config import TrainSAEsConfig
 from mi_pipe.saes.normalisation import Normaliser
-from mi_pipe.saes.optimisation import Schedule, default_lr
+from mi_pipe.saes.sites import Sites
+from mi_pipe.saes.step import Scratch
 from mi_pipe.saes.sweep import SAESpec
-from mi_pipe.saes.trainer import SAETrainer, Scratch, TrainerSettings, initial_parameters
 from mi_pipe.saes.training import TrainingGroup
+
+HOOK = "blocks.0.hook_resid_post"
 
 
 def planted(n_rows: int, d_in: int, n_features: int, n_active: int, seed: int = 0):
@@ -26,25 +30,38 @@ def batch(rows: torch.Tensor, step: int, batch_rows: int) -> torch.Tensor:
     return rows[torch.randint(0, len(rows), (batch_rows,), generator=generator)]
 
 
-def make_group(
-    rows: torch.Tensor, specs: list[SAESpec], n_steps: int, batch_rows: int, lr: float | None = None, **settings
-) -> TrainingGroup:
+def spec_of(architecture: str, d_in: int, k: int, d_sae: int, seed: int = 0, **fields) -> SAESpec:
+    return SAESpec(Sites.of_sae(HOOK, d_in), architecture, k, d_sae, seed, **fields)
+
+
+def normaliser_of(rows: torch.Tensor) -> Normaliser:
     mean = rows.double().mean(0)
-    normaliser = Normaliser.from_moments(mean, float((rows - mean).square().sum(1).mean()))
-    scratch = Scratch()
-    trainers = {}
-    for spec in specs:
-        schedule = Schedule.of_budget(lr or default_lr(spec.d_sae), n_steps, 1000, 0.05, 0.2)
-        window = max(1, n_steps * batch_rows // 10)
-        trainers[spec.name] = SAETrainer(
-            initial_parameters(rows.shape[1], spec.d_sae, spec.seed),
-            spec.build(n_steps),
-            TrainerSettings(schedule, window, **settings),
-            scratch,
-        )
-    return TrainingGroup(normaliser, trainers)
+    return Normaliser.from_moments(mean, float((rows - mean).square().sum(1).mean()))
 
 
-def train(group: TrainingGroup, rows: torch.Tensor, n_steps: int, batch_rows: int, first_step: int = 0, log_steps=50):
-    batches = (batch(rows, step, batch_rows) for step in range(first_step, n_steps))
-    return [row for interval in group.train(batches, first_step, n_steps, log_steps) for row in interval.rows]
+def make_group(
+    rows: torch.Tensor | dict[str, torch.Tensor],
+    specs: list[SAESpec],
+    n_steps: int,
+    batch_rows: int,
+    lr: float | None = None,
+    log_steps: int = 50,
+    **options,
+) -> TrainingGroup:
+    """A group of trainers as the stage makes it; `options` are those of the stage's config."""
+    by_hook = {HOOK: rows} if isinstance(rows, torch.Tensor) else rows
+    rates = {"lr": lr, **options.pop("optimisation", {})}
+    config = TrainSAEsConfig(n_tokens=n_steps * batch_rows, batch_rows=batch_rows, optimisation=rates, **options)
+    scratch, device = Scratch(), torch.device("cpu")
+    trainers = {spec.name: build_trainer(config, spec, "float32", device, scratch) for spec in specs}
+    normalisers = {hook: normaliser_of(values) for hook, values in by_hook.items()}
+    return TrainingGroup(specs[0].sites, normalisers, trainers, log_steps)
+
+
+def train(group: TrainingGroup, rows, n_steps: int, batch_rows: int, first_step: int = 0):
+    """Train and return the curve."""
+    by_hook = {HOOK: rows} if isinstance(rows, torch.Tensor) else rows
+    curve = []
+    for step in range(first_step, n_steps):
+        curve += group.step({hook: batch(values, step, batch_rows) for hook, values in by_hook.items()}, step)
+    return curve + group.rows(n_steps)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mi_pipe.saes.architecture import InferenceRule
+from mi_pipe.saes.inference import InferenceRule
 from mi_pipe.saes.sae import SAE
 
 RULES = {

@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from mi_pipe.models.trained import native_module, wrap_native
-from mi_pipe.saes.architecture import InferenceRule
-from mi_pipe.saes.evaluation import SpliceFigures, cross_entropy, evaluate_rows, pad_prompts, zeros
+from mi_pipe.saes.evaluation import evaluate_rows
 from mi_pipe.saes.held_out import _mark
+from mi_pipe.saes.inference import InferenceRule
 from mi_pipe.saes.sae import SAE
+from mi_pipe.saes.splice import SpliceFigures, cross_entropy, pad_prompts, zeros
+from mi_pipe.saes.step import Batch
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -42,7 +44,7 @@ def test_row_metrics_of_a_worked_example():
     """One feature reads the first of two values and nothing reads the second: 2² + 2² of 2(3² + 2²) is left."""
     sae = SAE(torch.tensor([[1.0, 0], [0, 0]]), torch.tensor([0.0, -1]), torch.eye(2), torch.zeros(2), threshold(0.5))
     x = torch.tensor([[6.0, 2], [0, -2]])
-    figures = evaluate_rows(sae, [x[:1], x[1:]])
+    figures = evaluate_rows(sae, [Batch.of(x[:1]), Batch.of(x[1:])]).figures
     assert figures.n_rows == 2
     assert figures.fvu == pytest.approx(8 / 26)
     assert figures.l0 == 0.5

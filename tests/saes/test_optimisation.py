@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mi_pipe.saes.gradients import Parameters
+from mi_pipe.saes.parameters import Parameters
 from mi_pipe.saes.optimisation import Optimiser, Schedule, default_lr
 
 

@@ -13,7 +13,7 @@ from mi_pipe.features import latents
 from mi_pipe.models.trained import TrainedModel
 from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.prompts.repeated import RepeatedConfig
-from mi_pipe.saes.architecture import InferenceRule
+from mi_pipe.saes.inference import InferenceRule
 from mi_pipe.saes.sae import SAE
 from mi_pipe.saes.sae_set import CONFIG_FILE, EVALUATION_FILE, PROBE_FILE, WEIGHTS_FILE, SAESet
 from mi_pipe.saes.storage import make_probe, sae_config, sae_tensors

@@ -13,7 +13,7 @@ import hashlib
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +26,11 @@ from mi_pipe.activations.training.gatherer import BatchDType, BatchGatherer
 from mi_pipe.activations.training.pool_reader import PoolReader
 from mi_pipe.activations.training.prefetch import in_background
 from mi_pipe.activations.training.shuffle_order import ShuffleOrder
+from mi_pipe.activations.training.source import RowSource
 from mi_pipe.activations.training.tee import tee
 from mi_pipe.core.canonical import ID_DIGITS, content_hash
 from mi_pipe.core.errors import ConfigError
 from mi_pipe.core.place import LocalPlace
-
-if TYPE_CHECKING:
-    from mi_pipe.activations.store import ActivationStore
 
 _N_READY_BATCHES = 4
 _LOCAL_THREADS, _REMOTE_THREADS = 4, 16
@@ -44,7 +42,7 @@ class ShuffledReader:
 
     def __init__(
         self,
-        store: "ActivationStore",
+        store: RowSource,
         hooks: Sequence[str],
         batch_rows: int,
         seed: int = 0,
@@ -148,7 +146,7 @@ def _common_dtype(arrays: Mapping[str, RowArray]) -> StoreDType:
 
 
 def _training_rows(
-    store: "ActivationStore",
+    store: RowSource,
     hooks: Sequence[str],
     held_out_fraction: float,
     split_seed: int,

@@ -1,0 +1,66 @@
+"""The weight of a sparsity penalty: fixed, or led so that the number of active features comes to a target.
+
+A penalty's coefficient decides L0 only by way of model, layer and width, so that sweeps over it have to be repeated for
+every model. With a target the coefficient follows log λ ← log λ + rate * clip(log(L0 / target), -1, 1) after each step:
+an integral controller, slow beside Adam's memory. Both kinds rise linearly from 0 over the sparsity warm-up.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_RATE = 0.02
+_LEAST_L0 = 1e-3
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How sparse a penalised architecture is to become."""
+
+    target_l0: float | None = None
+    """Active features a row to come to; None with a fixed coefficient."""
+    coefficient: float | None = None
+    """A fixed coefficient; None to be led to the target."""
+    warmup_steps: int = 0
+    """Steps over which the coefficient rises to its full value."""
+
+
+class Coefficient:
+    """The coefficient as training goes on."""
+
+    def __init__(self, sparsity: Sparsity, start: float = 1.0) -> None:
+        """Begin at the fixed coefficient, or at `start`; raises ValueError without coefficient and target."""
+        if sparsity.coefficient is None and sparsity.target_l0 is None:
+            raise ValueError("a penalty needs a coefficient or a target")
+        self._sparsity = sparsity
+        first = start if sparsity.coefficient is None else sparsity.coefficient
+        self._value = torch.tensor(first, dtype=torch.float64)
+
+    @property
+    def is_led(self) -> bool:
+        """Whether it follows a target."""
+        return self._sparsity.coefficient is None
+
+    def at(self, step: int) -> float:
+        """Return the coefficient of a step counted from 0."""
+        return float(self._value) * min(1.0, (step + 1) / max(1, self._sparsity.warmup_steps))
+
+    def observe(self, l0: float) -> None:
+        """Follow the target, given the active features a row of the last step."""
+        if self.is_led and self._sparsity.target_l0 is not None:
+            error = math.log(max(l0, _LEAST_L0) / self._sparsity.target_l0)
+            self._value *= math.exp(_RATE * max(-1.0, min(1.0, error)))
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the coefficient, when the penalty itself has changed."""
+        self._value *= factor
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold."""
+        return {"coefficient": self._value}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's state."""
+        self._value = state["coefficient"].clone()

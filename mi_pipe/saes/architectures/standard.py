@@ -1,0 +1,71 @@
+"""Standard: z = ReLU(pre) with an L1 penalty weighed by the norms of the decoder's rows.
+
+Bricken et al., "Towards monosemanticity", 2023; the norms: Conerly et al., "Update on how we train SAEs", April 2024.
+loss = (Σ‖x - x̂‖² + λ Σ z_j ‖W_dec,j‖) / (batch * d_out) + AuxK. Decoder rows are free: shrinking z while W_dec grows
+gains nothing. Saved SAEs have the norms folded into the encoder, so that their rows are unit vectors too.
+"""
+
+import torch
+from torch import Tensor
+
+from mi_pipe.saes.architectures.base import Architecture
+from mi_pipe.saes.architectures.coefficient import Coefficient, Sparsity
+from mi_pipe.saes.architectures.first_batch import bound_for
+from mi_pipe.saes.architectures.relu_penalty import penalised_outcome
+from mi_pipe.saes.inference import InferenceRule
+from mi_pipe.saes.parameters import Parameters
+from mi_pipe.saes.step import Batch, Outcome, StepContext
+
+START_FACTOR = 4
+"""How many times the target's features are active at first."""
+
+
+def l1(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return |z| and its slope for z ≥ 0."""
+    return z, torch.ones_like(z)
+
+
+class Penalised(Architecture):
+    """An architecture with a sparsity penalty, and a coefficient that may be led to a target."""
+
+    def __init__(self, sparsity: Sparsity) -> None:
+        """Become as sparse as `sparsity` says."""
+        self.sparsity = sparsity
+        self.coefficient = Coefficient(sparsity)
+
+    def prepare(self, params: Parameters, batch: Batch) -> None:
+        """Let some times the target's features be active at first, by the encoder's bias."""
+        if self.sparsity.target_l0 is not None:
+            params.b_enc.fill_(-bound_for(params, batch, START_FACTOR * self.sparsity.target_l0))
+
+    def observe(self, outcome: Outcome, n_rows: int) -> None:
+        """Let the coefficient follow."""
+        self.coefficient.observe(int(outcome.n_active) / n_rows)
+
+    def figures(self) -> dict[str, float]:
+        """Return the coefficient as it is now."""
+        return {"coefficient": self.coefficient.at(1 << 62)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the coefficient."""
+        return self.coefficient.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's state."""
+        self.coefficient.load_state(state)
+
+    def rule(self, params: Parameters) -> InferenceRule:
+        """Keep what is above 0."""
+        target = self.sparsity.target_l0
+        zero = torch.zeros((), dtype=params.b_enc.dtype, device=params.device)
+        return InferenceRule("threshold", k=None if target is None else round(target), threshold=zero)
+
+
+class Standard(Penalised):
+    """ReLU and L1."""
+
+    has_unit_decoder = False
+
+    def outcome(self, params: Parameters, batch: Batch, context: StepContext) -> Outcome:
+        """Return losses and gradients of a batch."""
+        return penalised_outcome(params, batch, context, self.coefficient.at(context.step), l1, by_norm=True)

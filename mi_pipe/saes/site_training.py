@@ -1,0 +1,274 @@
+"""The training of some SAEs of the same hook points, from the last checkpoint to files.
+
+What is written besides weights: rows of the training curve, rows of held-out metrics at a few moments of the training
+with histograms of feature densities, and seconds (which differ from run to run and belong to no result).
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mi_pipe.activations.training.shuffled import ShuffledReader
+from mi_pipe.activations.training.source import RowSource
+from mi_pipe.core import atomic
+from mi_pipe.core.canonical import content_hash
+from mi_pipe.core.errors import StageError
+from mi_pipe.core.interrupts import Held
+from mi_pipe.models.device import pick_device
+from mi_pipe.saes.building import build_trainer
+from mi_pipe.saes.checkpoint import Checkpoint, drop_checkpoint, load_checkpoint, save_checkpoint
+from mi_pipe.saes.config import TrainSAEsConfig
+from mi_pipe.saes.evaluation import RowEvaluation
+from mi_pipe.saes.held_out import HeldOut
+from mi_pipe.saes.kernels import Precision, pick_precision
+from mi_pipe.saes.normalisation import Normaliser
+from mi_pipe.saes.sae import SAE
+from mi_pipe.saes.sae_set import CONFIG_FILE, STATE_FOLDER, WEIGHTS_FILE
+from mi_pipe.saes.step import Scratch
+from mi_pipe.saes.storage import make_probe, sae_config, sae_tensors
+from mi_pipe.saes.sweep import SAESpec
+from mi_pipe.saes.training import TrainingGroup
+
+logger = logging.getLogger(__name__)
+
+_PROBE_ROWS = 16
+_DENSITY_EDGES = [-5.0 + 0.25 * i for i in range(21)]
+"""log10 of the share of rows on which a feature fires."""
+
+
+def _nothing(_told: object) -> None:
+    """Hear of nothing."""
+
+
+@dataclass
+class Rows:
+    """What is written of a training beside its weights."""
+
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    densities: list[dict[str, Any]] = field(default_factory=list)
+    timing: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins that goes on from a finished one: steps done, and each SAE's state by name."""
+
+    step: int
+    state_of: Callable[[str], dict[str, torch.Tensor]]
+
+
+class SiteTraining:
+    """SAEs that share a pass, as far as they have come."""
+
+    def __init__(
+        self,
+        config: TrainSAEsConfig,
+        source: RowSource,
+        specs: list[SAESpec],
+        folder: Path,
+        scratch: Path,
+        start: Start | None = None,
+        model: str = "",
+    ) -> None:
+        """Train `specs` (all of the same sites) on `source`; weights go below `folder`, checkpoints below `scratch`.
+
+        `model` is noted with the SAEs.
+        """
+        self.config = config
+        self.specs = specs
+        self.sites = specs[0].sites
+        self.scratch = scratch / "sites" / f"{self.sites.short}-{content_hash([spec.name for spec in specs])[:8]}"
+        self._source = source
+        self._folder = folder
+        self._start = start
+        self._model = model
+        data = config.data
+        self._reader = ShuffledReader(
+            source,
+            self.sites.hooks,
+            batch_rows=config.batch_rows,
+            seed=data.shuffle_seed,
+            pool_rows=data.pool_rows,
+            held_out_fraction=data.held_out_fraction,
+            split_seed=data.split_seed,
+        )
+
+    def finish(
+        self,
+        held_out: HeldOut,
+        on_rows: Callable[[list[dict[str, Any]]], None] = _nothing,
+        on_saved: Callable[[int], None] = _nothing,
+    ) -> Rows:
+        """Do what is left to do, and return the rows.
+
+        `on_rows` hears of new rows of the curve, `on_saved` how many steps are durable.
+        """
+        path = self.scratch / "rows.json"
+        if not path.exists():
+            device = pick_device(self.config.device)
+            precision = self.config.encoder_precision
+            precision = pick_precision(device) if precision == "auto" else precision
+            group = self._group(device, precision)
+            rows = self._train(group, held_out, on_rows, on_saved)
+            for name, sae in group.folded():
+                self._save(name, sae, group, held_out, precision)
+            atomic.write_json(path, vars(rows))
+            drop_checkpoint(self.scratch)
+        on_saved(self.config.n_steps)
+        return Rows(**json.loads(path.read_text(encoding="utf-8")))
+
+    def _group(self, device: torch.device, precision: Precision) -> TrainingGroup:
+        scratch = Scratch()
+        trainers = {spec.name: build_trainer(self.config, spec, precision, device, scratch) for spec in self.specs}
+        normalisers = {hook: self._normaliser(hook) for hook in self.sites.hooks}
+        return TrainingGroup(self.sites, normalisers, trainers, self.config.log_steps)
+
+    def _normaliser(self, hook: str) -> Normaliser:
+        found = self._source.statistics(hook)
+        normaliser = Normaliser.from_moments(torch.from_numpy(found.mean), found.mean_square_norm_centred, hook)
+        logger.info(
+            "%s: the mean's norm is %.2f of the deviation's; %d massive rows are left out",
+            *(hook, normaliser.outlier_ratio, found.n_massive),
+        )
+        return normaliser
+
+    def _train(
+        self,
+        group: TrainingGroup,
+        held_out: HeldOut,
+        on_rows: Callable[[list[dict[str, Any]]], None],
+        on_saved: Callable[[int], None],
+    ) -> Rows:
+        first, rows = self._resume(group)
+        n_steps, moments = self.config.n_steps, self._evaluation_steps()
+        clock = _Clock()
+        batches = self._batches(first)
+        with Held() as held:
+            for step in range(first, n_steps):
+                new = group.step(clock.timed(batches), step)
+                if step + 1 == n_steps:
+                    new += group.rows(n_steps)
+                if new:
+                    rows.curve += new
+                    rows.timing += [clock.row(step + 1, new[0]["tokens"], len(group.trainers), self.sites.label)]
+                    on_rows(new)
+                if step + 1 in moments:
+                    self._look(group, held_out, step + 1, rows)
+                due = clock.seconds_since_saved >= self.config.checkpoint_s or held.asked
+                if due and step + 1 < n_steps:
+                    save_checkpoint(self.scratch, Checkpoint(step + 1, group.state(), vars(rows)))
+                    on_saved(step + 1)
+                    clock.saved()
+                if held.asked and step + 1 < n_steps:
+                    batches.close()
+                    break
+        if held.was_asked:
+            raise StageError(f"{self.sites.label}: the training was interrupted; the same command goes on from here.")
+        return rows
+
+    def _resume(self, group: TrainingGroup) -> tuple[int, Rows]:
+        found = load_checkpoint(self.scratch)
+        if found is not None:
+            group.load_state(found.tensors)
+            logger.info("%s: going on at step %d", self.sites.label, found.step)
+            return found.step, Rows(**found.rows)
+        if self._start is None:
+            return 0, Rows()
+        for name, trainer in group.trainers.items():
+            trainer.load_state(self._start.state_of(name))
+        return self._start.step, Rows()
+
+    def _batches(self, first_step: int) -> Generator[dict[str, torch.Tensor]]:
+        device = pick_device(self.config.device)
+        return self._reader.batches(first_step, self.config.n_steps - first_step, device=device)
+
+    def _evaluation_steps(self) -> set[int]:
+        n, n_steps = self.config.evaluation.n_intervals, self.config.n_steps
+        return {max(1, round((i + 1) * n_steps / n)) for i in range(n)}
+
+    def _look(self, group: TrainingGroup, held_out: HeldOut, step: int, rows: Rows) -> None:
+        """Add metrics of the SAEs as they are now on held-out rows."""
+        asked = self.config.evaluation
+        for name, sae in group.folded():
+            sae.sites = self.sites
+            sae = sae.to(group.device)
+            found = held_out.evaluate_rows(sae, asked.interval_rows)
+            figures = {**vars(found.figures), **held_out.evaluate_in_model(sae, asked.interval_prompts)}
+            tokens = step * self.config.batch_rows
+            rows.held_out.append({"sae": name, "step": step, "tokens": tokens, **finite(figures)})
+            rows.densities += _histogram(name, step, found)
+
+    def _save(self, name: str, sae: SAE, group: TrainingGroup, held_out: HeldOut, precision: Precision) -> None:
+        spec = next(spec for spec in self.specs if spec.name == name)
+        sae.sites, sae.architecture, sae.name = self.sites, spec.architecture, spec.name
+        sae.model = self._model
+        probe = make_probe(sae, held_out.sample(self.sites, _PROBE_ROWS).x)
+        self._write_tensors(self.scratch / "probes" / f"{name}.safetensors", probe)
+        if self.config.keep_state:
+            self._write_tensors(self._folder / STATE_FOLDER / f"{name}.safetensors", group.trainers[name].state())
+        self._write_tensors(self._folder / "saes" / name / WEIGHTS_FILE, sae_tensors(sae))
+        training = {"n_tokens": self.config.n_tokens, "lr": spec.lr, "coefficient": spec.coefficient}
+        atomic.write_json(
+            self._folder / "saes" / name / CONFIG_FILE, sae_config(sae, spec.seed, probe, precision, **training)
+        )
+
+    def _write_tensors(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        with atomic.atomic_path(path) as temp:
+            save_file({key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}, temp)
+
+
+def _histogram(name: str, step: int, found: RowEvaluation) -> list[dict[str, Any]]:
+    """Return how many features have which density: lower edges of bins of log10; none for features that never fire."""
+    density = found.n_fired.double().cpu() / found.figures.n_rows
+    logs = density[density > 0].log10().clamp_min(_DENSITY_EDGES[0])
+    counts = torch.histc(logs, bins=len(_DENSITY_EDGES) - 1, min=_DENSITY_EDGES[0], max=_DENSITY_EDGES[-1])
+    silent = {"sae": name, "step": step, "log10_density": None, "n_features": int((density == 0).sum())}
+    bins = zip(_DENSITY_EDGES, counts.tolist(), strict=False)
+    return [silent, *({"sae": name, "step": step, "log10_density": edge, "n_features": int(n)} for edge, n in bins)]
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without what is not a finite number: JSON has none, and tables show it as missing."""
+    return {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+class _Clock:
+    """Seconds of training, and those of them that were spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+        self._since = self._saved_at = time.monotonic()
+        self._tokens = 0
+
+    def timed(self, batches: Generator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        started = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - started
+        self._tokens += len(next(iter(batch.values())))
+        return batch
+
+    def row(self, step: int, tokens: int, n_saes: int, label: str) -> dict[str, Any]:
+        """Return speed and share of waiting since the last row."""
+        now = time.monotonic()
+        seconds, waited, n_tokens = now - self._since, self._waited, self._tokens
+        self._since, self._waited, self._tokens = now, 0.0, 0
+        return {
+            **{"site": label, "step": step, "tokens": tokens, "n_saes": n_saes, "seconds": seconds},
+            **{"tokens_per_s": n_tokens / seconds, "waiting_share": waited / seconds},
+        }
+
+    @property
+    def seconds_since_saved(self) -> float:
+        return time.monotonic() - self._saved_at
+
+    def saved(self) -> None:
+        self._saved_at = time.monotonic()
