@@ -10,9 +10,8 @@ from typing import Any
 from flows.diagram import Step
 from flows.planning import Intent
 from mi_pipe.activations.harvest.batches import batch_tokens_for
-from mi_pipe.activations.harvest.forward import ForwardPass
+from mi_pipe.activations.harvest.forward import load_pass
 from mi_pipe.activations.harvest.hook_selection import select_hooks
-from mi_pipe.activations.harvest.precision import pick_precision, round_weights
 from mi_pipe.activations.harvest.probe import tokens_per_s
 from mi_pipe.activations.storage_dtype import numpy_dtype
 from mi_pipe.core.artifact import format_size
@@ -21,10 +20,9 @@ from mi_pipe.core.stage import DISK_MARGIN, free_bytes
 from mi_pipe.core.store import Store
 from mi_pipe.models.device import pick_device
 from mi_pipe.models.hook_points import HookMap
-from mi_pipe.models.source import load_source
 from mi_pipe.prompts.config import PromptConfig
 from mi_pipe.prompts.prompt_set import PromptSet
-from stages.harvest import HarvestConfig
+from stages.harvest_plan import HarvestConfig, precision_of
 
 _TYPICAL_LENGTH = 128
 _LARGEST_STRIDE = 64
@@ -119,15 +117,11 @@ def measured_speed(forecast: Forecast, hooks: HookMap, store: Store) -> float | 
         from mi_pipe.opening import open_artifact
 
         source = open_artifact(store.folder(source.id))
-    device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
-    model = load_source(source, config.device, "float32")
-    round_weights(model.module, precision)
     names = [site.name for site in select_hooks(config.hooks, hooks)]
-    forward = ForwardPass(model, names, precision, config.store_dtype)
-    length = min(_length(forecast.step, store), model.info.n_ctx)
-    batch_tokens = config.batch_tokens or batch_tokens_for(device)
-    return tokens_per_s(forward, model.info.d_vocab, length, batch_tokens)
+    forward = load_pass(source, names, precision_of(config), config.store_dtype, config.device)
+    length = min(_length(forecast.step, store), forward.info.n_ctx)
+    batch_tokens = config.batch_tokens or batch_tokens_for(pick_device(config.device))
+    return tokens_per_s(forward, forward.info.d_vocab, length, batch_tokens)
 
 
 def _forecast(step: Step, hooks: HookMap, store: Store) -> Forecast:

@@ -31,7 +31,7 @@ from bench.harvest.saelens import PYTHON_VARIABLE, SAELens
 from bench.harvest.subject import Subject
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import resolve_model
-from stages.harvest import HarvestConfig, Inputs
+from stages.harvest_plan import HarvestConfig, Inputs
 
 _FEW_TOKENS, _MANY_TOKENS = 10_000, 1_000_000
 

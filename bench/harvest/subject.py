@@ -26,7 +26,7 @@ from mi_pipe.activations.row_table import row_table
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.models.device import pick_device
 from mi_pipe.models.source import load_source
-from stages.harvest import HarvestConfig, Inputs, make_plan
+from stages.harvest_plan import HarvestConfig, Inputs, make_plan
 
 
 class Subject:

@@ -12,7 +12,6 @@ from mi_pipe.activations.commits import Commit, commit_name, read_commit, write_
 from mi_pipe.activations.group import GROUP_NAME
 from mi_pipe.activations.harvest.fallback import Fallback
 from mi_pipe.activations.harvest.filling import HarvestJob
-from mi_pipe.activations.harvest.forward import ForwardPass
 from mi_pipe.activations.harvest.plan import HarvestPlan
 from mi_pipe.activations.row_table import TOKENS_FILE
 from mi_pipe.activations.store import PRECISION_FILE, PROMPTS_FILE, STATISTICS_FILE
@@ -22,16 +21,8 @@ from mi_pipe.core.errors import ArtifactDamagedError, StageError
 from mi_pipe.core.mending import Mender
 from mi_pipe.core.place import LocalPlace
 from mi_pipe.core.workspace import Workspace
-from mi_pipe.models.source import load_source
-from stages.harvest import (
-    HarvestConfig,
-    Inputs,
-    finish,
-    make_job,
-    measure_precision_into,
-    precision_of,
-    store_attributes,
-)
+from stages.harvest import finish, measured_pass
+from stages.harvest_plan import HarvestConfig, Inputs, make_job, store_attributes
 
 _TABLES = (STATISTICS_FILE, TOKENS_FILE, PROMPTS_FILE)
 
@@ -102,12 +93,10 @@ def _run_model(
     """Compute damaged shards, and the measured precision if that is damaged, unless an earlier repair has."""
     if PRECISION_FILE not in damaged:
         write_bytes(work.path(PRECISION_FILE), artifact.place.read(PRECISION_FILE))
-    model = load_source(inputs.model, config.device, "float32")
-    measure_precision_into(config, job.plan, model, work, fallback.store_dtype)
+    forward = measured_pass(config, inputs, job, work, fallback)
     done = job.commits()
     todo = [shard for shard in shards if shard not in done]
     n_rows = job.plan.layout.n_rows
-    forward = ForwardPass(model, job.hooks, precision_of(config), fallback.store_dtype)
     job.fill(forward, todo, on_rows=lambda n_done: work.progress.update(n_done, n_rows, "rows", "computing again"))
 
 

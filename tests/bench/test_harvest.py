@@ -11,7 +11,7 @@ from bench.harvest.saelens import PYTHON_VARIABLE
 from bench.harvest.subject import Subject
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import resolve_model
-from stages.harvest import HarvestConfig, Inputs
+from stages.harvest_plan import HarvestConfig, Inputs
 
 SIZES = Sizes(n_layers=3, d_model=32, n_heads=4, d_vocab=100, n_ctx=16)
 HOOK = "blocks.1.hook_resid_post"

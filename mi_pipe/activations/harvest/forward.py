@@ -16,12 +16,14 @@ from torch import Tensor
 
 from mi_pipe.activations.harvest.collecting import Collector, LastValueReachedError, PendingRows
 from mi_pipe.activations.harvest.plan import Batch
-from mi_pipe.activations.harvest.precision import Precision, computing
+from mi_pipe.activations.harvest.precision import Precision, computing, round_weights
 from mi_pipe.activations.storage_dtype import StoreDType, torch_store_dtype
 from mi_pipe.core.errors import StageError
+from mi_pipe.models.info import ModelInfo
 from mi_pipe.models.lean import lean
 from mi_pipe.models.model import Model
 from mi_pipe.models.reading import Reading, listening
+from mi_pipe.models.source import ModelSource, load_source
 
 
 class BatchTooLargeError(StageError):
@@ -53,6 +55,11 @@ class ForwardPass:
         self._bridged = [name for name in hooks if name not in self._plain]
         self.n_ahead = int(model.device.type == "cuda")
         self._with_patterns = any(reading.side == "pattern" for reading in self._plain.values())
+
+    @property
+    def info(self) -> ModelInfo:
+        """Sizes of the model."""
+        return self._model.info
 
     @property
     def needs_bridge(self) -> bool:
@@ -135,3 +142,12 @@ def within_memory(inputs: Shaped[np.ndarray, "batch *shape"]) -> Generator[None]
         raise BatchTooLargeError(
             f"A batch of {inputs.shape[0]} prompts of {inputs.shape[1]} tokens does not fit into the device's memory."
         ) from error
+
+
+def load_pass(
+    source: ModelSource, hooks: Sequence[str], precision: Precision, store_dtype: StoreDType, device: str
+) -> ForwardPass:
+    """Load a model, round its weights to `precision`, and return the pass that reads `hooks`."""
+    model = load_source(source, device, "float32")
+    round_weights(model.module, precision)
+    return ForwardPass(model, hooks, precision, store_dtype)
