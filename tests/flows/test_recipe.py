@@ -46,7 +46,11 @@ def test_overrides_change_one_value_and_may_add_or_drop_sections():
         ("train_model: {}\n", ["name.x.y=1"], r"goes below 'name', which is no section"),
         ("train_model: {}\nfeatures: {}\n", [], r"section 'features' needs a section 'saes'"),
         ("heads: {}\n", [], r"section 'heads' needs a section 'tasks'"),
-        ("activations: 3f\ntrain_model:\n", ["harvest={hooks: [a]}", "prompts={family: corpus}"], r"both 'harvest' and"),
+        (
+            "activations: 3f\ntrain_model:\n",
+            ["harvest={hooks: [a]}", "prompts={family: corpus}"],
+            r"both 'harvest' and",
+        ),
         ("activations:\nsaes: {}\ntrain_model:\n", [], r"'saes' needs a section 'harvest' or 'activations'"),
         ("activations: 3f\nheads:\ntasks: {a: {family: induction}}\n", [], r"must name a model .* it has neither"),
         ("{}\n", [], r"must name a model .* it has neither"),
