@@ -42,8 +42,7 @@ def known_prompts(acts: ActivationStore, store: Store) -> PromptSet | None:
 
 def check_given(acts: ActivationStore, asked: TrainSAEsConfig, hooks: HookMap | None) -> None:
     """Raise HookPointError or ConfigError for hook points that the store, or the recipe's model, does not have so."""
-    plan_sweep(asked, acts)
-    for hook in asked.hooks or acts.hooks:
+    for hook in dict.fromkeys(hook for spec in plan_sweep(asked, acts) for hook in spec.sites.hooks):
         if hooks is not None and hooks[hook].width != acts.width(hook):
             raise ConfigError(
                 f"activations: {hook} is {acts.width(hook)} values wide in {acts.id}, and {hooks[hook].width} in the "

@@ -10,12 +10,12 @@ from flows.recipe import Recipe, load_recipe
 from mi_pipe.activations.harvest.hook_selection import select_hooks
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.artifact import Artifact
-from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import ModelHandle
 from mi_pipe.models.hook_points import HookMap
 from mi_pipe.models.source import source_hooks
 from mi_pipe.models.trained import native_module, wrap_native
+from stages.train_saes import sites_of
 
 _LOOKS_AT_HOOKS = ("harvest", "train_saes")
 
@@ -64,12 +64,9 @@ def _check_hooks(recipe: Recipe, given: tuple[Artifact, ...], hooks: HookMap | N
                 check_given(acts, recipe.saes, hooks)
     if recipe.harvest is None or hooks is None:
         return
-    harvested = [site.name for site in select_hooks(recipe.harvest.hooks, hooks)]
-    for hook in (recipe.saes.hooks if recipe.saes else None) or ():
-        if hook not in harvested:
-            raise ConfigError(
-                f"saes.hooks names {hook!r}, which harvest.hooks does not store.{near_names(hook, harvested)}"
-            )
+    harvested = {site.name: site.width for site in select_hooks(recipe.harvest.hooks, hooks)}
+    if recipe.saes:
+        sites_of(recipe.saes, harvested, "harvest.hooks")
 
 
 def _hooks(recipe: Recipe, steps: list[Step]) -> HookMap | None:

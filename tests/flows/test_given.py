@@ -11,6 +11,7 @@ from torch import nn
 
 import mi_pipe
 from mi_pipe.activations.harvest.capture import capture
+from mi_pipe.saes.held_out import IN_MODEL_COLUMNS
 from tests.flows.test_cli import command, only_line  # noqa: F401 (a fixture)
 from tests.models.tiny import save_tiny_llama
 
@@ -27,7 +28,7 @@ SAES = {
 FEATURES = {"n_top": 3, "n_quantiles": 1, "n_per_quantile": 1, "context_before": 3, "context_after": 2, "device": "cpu"}
 HARVEST = {"hooks": [HOOK], "store_dtype": "float32", "precision": "float32", "shard_rows": 512, "device": "cpu"}
 PROMPTS = {"family": "repeated", "n_prompts": 60, "length": 24, "max_period": 10}
-IN_MODEL = ["ce_clean", "ce_sae", "ce_zero", "ce_recovered"]
+IN_MODEL = [name for name in IN_MODEL_COLUMNS if name != "n_prompts"]
 
 
 def write(path: Path, **sections) -> str:
@@ -144,7 +145,7 @@ def test_a_harvest_is_its_own_beginning_with_and_without_its_model(command, llam
     assert command("run", alone, "--no-prefect")[0] == 0
     found = ids(command("plan", alone, "--json")[1])
     pd.testing.assert_frame_equal(
-        *(mi_pipe.open(steps["saes"]).evaluation.drop(columns=[*IN_MODEL, "n_prompts"]) for steps in (made, found))
+        *(mi_pipe.open(steps["saes"]).evaluation.drop(columns=list(IN_MODEL_COLUMNS)) for steps in (made, found))
     )
     pd.testing.assert_frame_equal(
         *(mi_pipe.open(steps["features"]).read_table("examples.parquet") for steps in (made, found))
