@@ -20,7 +20,7 @@ from torch import Tensor
 from mi_pipe.saes.code import SparseCode, true_positions
 
 _LARGEST_FOLD = 64
-_GATHER_COST = 3
+_GATHER_COST = 2
 """Looking at a value again costs about as much as finding the k-th largest among so many more maxima."""
 _SAMPLE_STRIDE = 61
 
