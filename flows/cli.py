@@ -125,8 +125,8 @@ def verify(artifact_id: str, store: str | None, deep: bool) -> None:
 def repair(artifact_id: str, store: str | None, model: str | None) -> None:
     """Make a damaged artifact what was published again, or finish an unfinished one; needs no recipe.
 
-    Of a harvest only the damaged shards are computed again. What does not come out byte for byte as it was published
-    is not taken, and the artifact stays as it is.
+    Of a harvest only the damaged shards are computed again, anything else is made anew whole. What does not come out
+    byte for byte as it was published is not taken, and the artifact stays as it is; only files of times are new.
     """
     from flows.integrity import repair_command
 
@@ -158,21 +158,33 @@ def report(words: tuple[str, ...], store: str | None) -> None:
 
 @cli.command()
 @click.argument("artifact_id", metavar="ID")
-@click.option("--to", type=click.Choice(["hdf5", "saelens"]), required=True, help="The format.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="New file (hdf5) or folder (saelens).")
+@click.option(
+    "--to",
+    type=click.Choice(["hdf5", "saelens", "dictionary_learning", "sparsify"]),
+    required=True,
+    help="The format.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New file (hdf5) or folder (all others).")
 @click.option("--hook", "hooks", multiple=True, metavar="NAME", help="Only this hook point; several times for several.")
+@click.option("--sae", "saes", multiple=True, metavar="NAME", help="Only this SAE; several times for several.")
 @_store
-@_example("mi-pipe export harvest-3f --to hdf5 --out activations.h5")
-def export(artifact_id: str, to: str, out: Path, hooks: tuple[str, ...], store: str | None) -> None:
-    """Write stored activations for other programs.
+@_example("mi-pipe export train_saes-8c --to saelens --out saes")
+def export(
+    artifact_id: str, to: str, out: Path, hooks: tuple[str, ...], saes: tuple[str, ...], store: str | None
+) -> None:
+    """Write stored activations, or trained SAEs, for other programs.
 
-    hdf5: one checksummed file with values, token and prompt tables, statistics and provenance, which `mi-pipe import`
-    brings back bit for bit. saelens: a folder that SAELens trains on (cached_activations_path), for prompts of one
-    length.
+    Activations. hdf5: one checksummed file with values, token and prompt tables, statistics and provenance, which
+    `mi-pipe import` brings back bit for bit. saelens: a folder that SAELens trains on (cached_activations_path), for
+    prompts of one length.
+
+    SAEs, one folder each, on raw activations. saelens: SAEs, and transcoders with a threshold, which SAE.load_from_disk
+    reads. dictionary_learning: SAEs, which load_dictionary reads. sparsify: TopK SAEs and transcoders, which
+    SparseCoder.load_many reads.
     """
     from flows.exchange import export_command
 
-    export_command(artifact_id, to, out, hooks, store)
+    export_command(artifact_id, to, out, hooks, saes, store)
 
 
 @cli.command("import")
@@ -203,6 +215,28 @@ def import_(
     from flows.exchange import import_command
 
     import_command(files, hooks, tokens, store, {"store_dtype": store_dtype, "model": model})
+
+
+@cli.command("import-saes")
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...", type=click.Path(path_type=Path))
+@click.option("--hook", default="", metavar="NAME", help="Hook point of all of them, 'INPUT -> OUTPUT' of transcoders.")
+@click.option("--model", default="", metavar="NAME", help="A note of what model they are of.")
+@click.option("--activations", metavar="ID", help="Measure them on the held-out rows of these activations.")
+@click.option("--device", default="auto", metavar="DEVICE", help="Where they are measured: auto, cpu, cuda, mps.")
+@_store
+@_example("mi-pipe import-saes published/blocks.8.hook_resid_pre --activations harvest-3f")
+def import_saes(
+    folders: tuple[Path, ...], hook: str, model: str, activations: str | None, device: str, store: str | None
+) -> None:
+    """Make a set of SAEs of folders that SAELens or sparsify wrote, and print its id.
+
+    FOLDER holds cfg.json and sae_weights.safetensors (SAELens) or sae.safetensors (sparsify). The set is scored,
+    reported and used as one that was trained here. With --activations FVU, L0 and, where their model and prompts are
+    known, cross-entropy with each SAE in the model are measured as for trained SAEs.
+    """
+    from flows.exchange import import_saes_command
+
+    import_saes_command(folders, hook, model, activations, store, {"device": device})
 
 
 @cli.group()

@@ -4,6 +4,7 @@ A file is replaced whole or not at all, and each by itself, so a repair that is 
 damaged, less so than before.
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.checksum import data_matches
 from mi_pipe.core.errors import StageError
 from mi_pipe.core.host import host_facts, package_versions
+from mi_pipe.core.manifest import FileEntry
 from mi_pipe.core.place import LocalPlace
 
 _READ_ONLY = 0o444
@@ -32,6 +34,21 @@ class Mender:
         if differing:
             raise StageError(self._differing_text(differing))
 
+    def renew(self, names: Iterable[str]) -> dict[str, FileEntry]:
+        """Replace files of times, which never come out the same, and return what the manifest has to say of them.
+
+        Raises StageError if one was not made again.
+        """
+        renewed: dict[str, FileEntry] = {}
+        for name in names:
+            if not (self._made_again / name).exists():
+                raise StageError(self._differing_text([name]))
+            data = (self._made_again / name).read_bytes()
+            self._replace(name, data)
+            checksum = f"sha256:{hashlib.sha256(data).hexdigest()}"
+            renewed[name] = FileEntry(size_bytes=len(data), checksum=checksum, volatile=True)
+        return renewed
+
     def _install(self, name: str) -> bool:
         try:
             data = (self._made_again / name).read_bytes()
@@ -39,6 +56,10 @@ class Mender:
             return False
         if not data_matches(data, self._artifact.manifest.files[name].checksum):
             return False
+        self._replace(name, data)
+        return True
+
+    def _replace(self, name: str, data: bytes) -> None:
         local = LocalPlace(self._artifact.path)
         is_local = isinstance(self._artifact.place, LocalPlace)
         if not is_local:
@@ -47,7 +68,6 @@ class Mender:
             local.write(name, data)
             (local.root / name).chmod(_READ_ONLY)
         self.mended.append(name)
-        return True
 
     def _differing_text(self, names: list[str]) -> str:
         shown = ", ".join(names[:_MOST_NAMED]) + (" and others" if len(names) > _MOST_NAMED else "")

@@ -10,6 +10,7 @@ from typing import Any, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from mi_pipe.activations.harvest import capture
 from mi_pipe.core.errors import MiPipeError, StageError
 from mi_pipe.core.manifest import InputRef, Manifest
 from mi_pipe.core.stage import Stage, input_refs, stage_id
@@ -22,6 +23,7 @@ from stages import (
     harvest,
     heads,
     import_activations,
+    import_saes,
     patch,
     report,
     score_features,
@@ -29,7 +31,10 @@ from stages import (
     train_saes,
 )
 
-_MODULES = (train_model, harvest, import_activations, train_saes, score_features, heads, patch, circuits, report)
+_MODULES = (
+    *(train_model, harvest, import_activations, train_saes, import_saes),
+    *(score_features, heads, patch, circuits, report),
+)
 _STAGES: dict[str, tuple[Stage[Any, Any], Any]] = {
     **{module.STAGE.name: (module.STAGE, module.STAGE.config) for module in _MODULES},
     generate_prompts.STAGE.name: (generate_prompts.STAGE, generate_prompts.AnyPromptConfig),
@@ -51,6 +56,11 @@ def made_by(manifest: Manifest, store: Store, model: str | None = None) -> Made:
 
     Raises StageError if the manifest does not suffice, ModelError and others if an input cannot be opened.
     """
+    if manifest.stage == capture.STAGE.name:
+        raise StageError(
+            f"{manifest.id} cannot be made again from its manifest, since a capture is of a module that only a program "
+            f"has. Remove it with `mi-pipe rm {manifest.id}` and call `capture` again: it will have the same id."
+        )
     if manifest.stage not in _STAGES:
         raise _cannot(manifest, f"stage {manifest.stage!r} is not one that runs by itself")
     stage, kind = _STAGES[manifest.stage]

@@ -2,7 +2,9 @@
 
 Of a harvest just the damaged shards are computed again; of any other stage everything, apart from the artifact, of
 which the damaged files are then replaced. A damaged manifest is taken from the store's copy of it. Files that do not
-come out byte for byte as they were published are never taken.
+come out byte for byte as they were published are never taken, but for those that hold times and do not count for the
+digest: these are new, and the manifest says so. A capture cannot be made again from here, since the store does not have
+its module.
 """
 
 import shutil
@@ -107,23 +109,29 @@ def _mend(found: Verification, manifest: Manifest, store: Store, progress: Progr
         if made.stage.name == "harvest":
             mend_harvest(artifact, made.config, made.inputs, damaged, work, mender)
         else:
-            _make_all_again(made, manifest, damaged, work, mender)
+            manifest = _make_all_again(made, manifest, damaged, work, mender)
+            _write_manifest(manifest, artifact, store)
     except StageError:
         shutil.rmtree(apart, ignore_errors=True)
         raise
-    left = find_damage(artifact)
+    left = find_damage(Artifact(store.folder(found.id), manifest))
     if left:
         raise StageError(f"{found.id} is still damaged: {left[0]}. Remove it with `mi-pipe rm {found.id}`.")
     shutil.rmtree(apart)
     return mender.mended
 
 
-def _make_all_again(made: Made, manifest: Manifest, damaged: list[str], work: Workspace, mender: Mender) -> None:
-    volatile = [name for name in damaged if manifest.files[name].volatile]
-    if volatile:
-        raise StageError(
-            f"{volatile[0]} of {manifest.id} holds times, which do not come out the same again. "
-            f"Remove it with `mi-pipe rm {manifest.id}` and run its recipe again."
-        )
+def _make_all_again(made: Made, manifest: Manifest, damaged: list[str], work: Workspace, mender: Mender) -> Manifest:
+    """Run the stage apart and take what is damaged; returns the manifest, in which new files of times are noted."""
     made.stage.run(made.config, made.inputs, work)
-    mender.install(damaged)
+    mender.install(name for name in damaged if not manifest.files[name].volatile)
+    renewed = mender.renew(name for name in damaged if manifest.files[name].volatile)
+    return manifest.model_copy(update={"files": {**manifest.files, **renewed}})
+
+
+def _write_manifest(manifest: Manifest, artifact: Artifact, store: Store) -> None:
+    """Put a manifest into its place, unless it is there, and then the store's copy of it."""
+    if manifest != artifact.manifest:
+        artifact.place.write(MANIFEST_NAME, manifest.to_json())
+        write_bytes(store.folder(manifest.id) / MANIFEST_NAME, manifest.to_json())
+        write_bytes(store.manifest_copy(manifest.id), manifest.to_json())
