@@ -8,9 +8,12 @@ from typing import Any
 from mi_pipe.activations.provenance import model_id, prompts_id
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.artifact import Artifact
-from mi_pipe.core.errors import ConfigError
+from mi_pipe.core.errors import ConfigError, ModelError
 from mi_pipe.core.store import Store
+from mi_pipe.models.handle import resolve_model
 from mi_pipe.models.hook_points import HookMap
+from mi_pipe.models.source import ModelSource
+from mi_pipe.models.trained import TrainedModel
 from mi_pipe.opening import open_artifact
 from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.saes.config import TrainSAEsConfig
@@ -38,6 +41,21 @@ def known_prompts(acts: ActivationStore, store: Store) -> PromptSet | None:
     """Return the prompts of which the rows are, if the store has them."""
     name = prompts_id(acts)
     return PromptSet(store.folder(name)) if name is not None and store.is_published(name) else None
+
+
+def known_model(acts: ActivationStore, store: Store) -> ModelSource | None:
+    """Return the model of which the rows are, if it is known and still where it was."""
+    name = model_id(acts)
+    if name is not None and store.is_published(name):
+        return TrainedModel(store.folder(name))
+    source: dict[str, Any] = dict(acts.manifest.sources.get("model", {}))
+    if name is None or "name" not in source:
+        return None
+    try:
+        handle = resolve_model(store=store, **source)
+    except ModelError:
+        return None
+    return handle if handle.id == name else None
 
 
 def check_given(acts: ActivationStore, asked: TrainSAEsConfig, hooks: HookMap | None) -> None:

@@ -18,6 +18,7 @@ VIEWS = {
     "capture": "mi_pipe.activations.store:ActivationStore",
     "import_activations": "mi_pipe.activations.store:ActivationStore",
     "train_saes": "mi_pipe.saes.sae_set:SAESet",
+    "import_saes": "mi_pipe.saes.sae_set:SAESet",
     "score_features": "mi_pipe.features.feature_set:FeatureSet",
     "heads": "mi_pipe.attention.head_scores:HeadScores",
     "patch": "mi_pipe.patching.effects:PatchEffects",

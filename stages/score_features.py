@@ -9,6 +9,7 @@ Steps, each resumable:
 
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 _FIRING_BYTES = 6
 """Bytes of a firing on disk; measured 5.3."""
+_USUAL_L0 = 100
+"""L0 of SAEs that were imported without being measured, for the estimate."""
 _EXAMPLE_BYTES = 60
 _TOKEN_BYTES = 4
 """Bytes an example takes, and each token of its window more."""
@@ -161,7 +164,8 @@ def estimate(config: ScoreFeaturesConfig, inputs: Inputs) -> Estimate:
     example_bytes = _EXAMPLE_BYTES + _TOKEN_BYTES * (config.context_before + config.context_after + 1)
     size = 0.0
     for sae in saes:
-        size += inputs.activations.n_rows * l0[sae.name] * _FIRING_BYTES
+        firings_a_row = _USUAL_L0 if math.isnan(l0[sae.name]) else l0[sae.name]
+        size += inputs.activations.n_rows * firings_a_row * _FIRING_BYTES
         # Examples lie in parts first and are then joined.
         size += 2 * min(config.n_example_features or sae.d_sae, sae.d_sae) * n_examples * example_bytes
         size += sae.d_sae * (4 * 2 * config.n_bins * 2 + 20 * 2 * config.n_logits)

@@ -86,6 +86,28 @@ class SAELens:
             sae.save_model(folder / name)
             expect(folder / name, sizes, *self.load(folder / name))
         self._save_trained(folder, sizes, wide, names)
+        self._save_flat(folder, sizes)
+
+    def _save_flat(self, folder: Path, sizes: dict[str, int]) -> None:
+        """Save again with a config as versions before 6.0 wrote it: flat, without a version, other names."""
+        topk = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": sizes["k"]}}
+        for name, more in (("standard", {"activation_fn_str": "relu"}), ("topk", topk)):
+            to = folder / f"flat_{name}"
+            to.mkdir()
+            (to / "sae_weights.safetensors").write_bytes((folder / name / "sae_weights.safetensors").read_bytes())
+            flat = {
+                "model_name": "toy",
+                "hook_point": "blocks.3.hook_resid_pre",
+                "hook_point_layer": 3,
+                "d_in": sizes["d_in"],
+                "d_sae": sizes["d_sae"],
+                "dtype": "torch.float32",
+                "device": "cpu",
+                "normalize_activations": False,
+                **more,
+            }
+            (to / "cfg.json").write_text(json.dumps(flat), encoding="utf-8")
+            expect(to, sizes, *self.load(to))
 
     def _save_trained(self, folder: Path, sizes: dict[str, int], wide: dict[str, int], names: Any) -> None:
         """Save SAEs whose training class is another than that of inference, as SAELens saves them after training."""

@@ -20,6 +20,7 @@ STAGE_PAGES = {
     "import_activations": "activations",
     "capture": "activations",
     "train_saes": "saes",
+    "import_saes": "saes",
     "score_features": "features",
     "heads": "heads",
     "patch": "patching",

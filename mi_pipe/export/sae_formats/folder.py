@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -91,10 +91,19 @@ class SAEFolder:
                 raise ConfigError(f"{self.weights_path}: {name} holds something that is no finite number.")
         return {name: value.to(torch.float32) for name, value in found.items()}
 
-    def check_shapes(self, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
-        """Raise ConfigError unless the tensors are just those that are expected, in their shapes."""
-        missing = [name for name in expected if name not in tensors]
-        extra = [name for name in tensors if name not in expected]
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the tensors' shapes without reading them; raises ArtifactDamagedError if they are unreadable."""
+        try:
+            with safe_open(self.weights_path, framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ArtifactDamagedError(f"{self.weights_path} cannot be read as safetensors.") from error
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], what: str, ignored: str = "") -> None:
+        """Raise ConfigError unless the tensors, but for `ignored`, are just those expected, in their shapes."""
+        found = {name: shape for name, shape in self.shapes().items() if name != ignored}
+        missing = [name for name in expected if name not in found]
+        extra = [name for name in found if name not in expected]
         if missing or extra:
             told = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)}"] * bool(extra)
             raise ConfigError(
@@ -102,10 +111,9 @@ class SAEFolder:
                 "its config and its weights are not of the same SAE."
             )
         for name, shape in expected.items():
-            if tuple(tensors[name].shape) != shape:
+            if found[name] != shape:
                 raise ConfigError(
-                    f"{self.weights_path}: {name} has shape {tuple(tensors[name].shape)}, and by its config a {what} "
-                    f"has {shape}."
+                    f"{self.weights_path}: {name} has shape {found[name]}, and by its config a {what} has {shape}."
                 )
 
 

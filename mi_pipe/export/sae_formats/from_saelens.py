@@ -22,6 +22,7 @@ from mi_pipe.export.sae_formats.hook_names import asked_sites, noted_sites
 from mi_pipe.export.sae_formats.to_saelens import MATRYOSHKA
 from mi_pipe.saes.inference import InferenceRule
 from mi_pipe.saes.sae import SAE
+from mi_pipe.saes.sites import Sites
 
 _SAES = ("standard", "topk", "jumprelu", "gated")
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
@@ -31,6 +32,7 @@ _REFUSED = {
     "matching_pursuit": "it encodes by iteration",
 }
 _FIRST_METADATA_VERSION = 6
+_SCALING = "scaling_factor"
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 
 
@@ -43,13 +45,21 @@ class _Metadata(ForeignConfig):
     training_architecture_details: dict[str, Any] | None = None
 
     @property
+    def trained_as(self) -> str | None:
+        """The architecture in training, if it has a name that folders can have."""
+        name = self.training_architecture
+        return name if name and name.isidentifier() else None
+
+    @property
     def k(self) -> int | None:
         """The k of training, where the inference rule has none (BatchTopK, Matryoshka)."""
         k = (self.training_architecture_details or {}).get("k")
         return k if isinstance(k, int) and k > 0 else None
 
 
-class _Config(ForeignConfig):
+class SAELensConfig(ForeignConfig):
+    """What counts of cfg.json."""
+
     architecture: str
     d_in: PositiveInt
     d_sae: PositiveInt
@@ -63,16 +73,17 @@ class _Config(ForeignConfig):
 
     @property
     def is_transcoder(self) -> bool:
+        """Whether it reads one hook point and writes another."""
         return self.architecture in _TRANSCODERS
 
 
-def read_saelens(folder: SAEFolder, hooks: str, model: str) -> SAE:
-    """Return the SAE of a folder; `hooks` and `model`, where not "", overrule what it says of itself.
+def check_saelens(folder: SAEFolder, hooks: str) -> tuple[SAELensConfig, Sites]:
+    """Return what a folder says, `hooks` overruling it where it is not "", before its weights are read.
 
     Raises ConfigError for what cannot be had, ArtifactDamagedError for files that cannot be read.
     """
     content = folder.read_json()
-    config = folder.parse(_Config, _flat(content, folder) if _is_flat(content) else content)
+    config = folder.parse(SAELensConfig, _flat(content, folder) if _is_flat(content) else content)
     _check(config, folder)
     d_out = (config.d_out or config.d_in) if config.is_transcoder else config.d_in
     widths, noted = (config.d_in, d_out), config.metadata
@@ -80,9 +91,15 @@ def read_saelens(folder: SAEFolder, hooks: str, model: str) -> SAE:
         sites = asked_sites(hooks, config.is_transcoder, *widths, folder.path)
     else:
         sites = noted_sites(noted.hook_name, noted.hook_name_out, config.is_transcoder, widths, folder.config_path)
-    tensors = folder.read_tensors()
-    _drop_ones(tensors)
-    folder.check_shapes(tensors, _shapes(config, d_out), f"{config.architecture} of SAELens")
+    folder.check_shapes(_shapes(config, d_out), f"{config.architecture} of SAELens", ignored=_SCALING)
+    return config, sites
+
+
+def read_saelens(folder: SAEFolder, hooks: str, model: str) -> SAE:
+    """Return the SAE of a folder; `hooks` and `model`, if not "", overrule what it says. Raises as the check does."""
+    config, sites = check_saelens(folder, hooks)
+    tensors, noted = folder.read_tensors(), config.metadata
+    _check_scaling(tensors, folder)
     b_enc, rule = _rule(config, tensors)
     W_enc, W_dec = tensors["W_enc"], tensors["W_dec"]  # noqa: N806 (the field's names)
     if config.architecture == "topk" and config.rescale_acts_by_decoder_norm:
@@ -93,7 +110,7 @@ def read_saelens(folder: SAEFolder, hooks: str, model: str) -> SAE:
         W_dec,
         tensors["b_dec"],
         rule,
-        architecture=_architecture(noted.training_architecture or config.architecture),
+        architecture=_architecture(noted.trained_as or config.architecture),
         W_skip=tensors.get("W_skip"),
         subtract_b_dec=config.apply_b_dec_to_input,
         sites=sites,
@@ -127,7 +144,7 @@ def _flat(content: dict[str, Any], folder: SAEFolder) -> dict[str, Any]:
     return {**flat, "architecture": flat.get("architecture") or "standard", "metadata": flat}
 
 
-def _check(config: _Config, folder: SAEFolder) -> None:
+def _check(config: SAELensConfig, folder: SAEFolder) -> None:
     """Raise ConfigError for what is another function of the activations than an SAE here can be."""
     place, name = folder.config_path, config.architecture
     if name in _REFUSED:
@@ -156,14 +173,14 @@ def _check(config: _Config, folder: SAEFolder) -> None:
         raise ConfigError(f"{place}: a topk SAE needs k, from 1 to d_sae ({config.d_sae}).")
 
 
-def _drop_ones(tensors: dict[str, Tensor]) -> None:
-    """Drop a scaling factor that scales nothing, which some versions saved."""
-    factor = tensors.get("scaling_factor")
-    if factor is not None and torch.allclose(factor, torch.ones_like(factor)):
-        del tensors["scaling_factor"]
+def _check_scaling(tensors: dict[str, Tensor], folder: SAEFolder) -> None:
+    """Raise ConfigError for features that are scaled once more; some versions saved a factor that is 1 everywhere."""
+    factor = tensors.get(_SCALING)
+    if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
+        raise ConfigError(f"{folder.weights_path}: an SAE with a finetuning scaling factor cannot be read.")
 
 
-def _shapes(config: _Config, d_out: int) -> dict[str, tuple[int, ...]]:
+def _shapes(config: SAELensConfig, d_out: int) -> dict[str, tuple[int, ...]]:
     d_in, d_sae = config.d_in, config.d_sae
     names = ("b_gate", "b_mag", "r_mag") if config.architecture == "gated" else ("b_enc",)
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), **dict.fromkeys(names, (d_sae,))}
@@ -175,12 +192,13 @@ def _shapes(config: _Config, d_out: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _rule(config: _Config, tensors: dict[str, Tensor]) -> tuple[Tensor, InferenceRule]:
+def _rule(config: SAELensConfig, tensors: dict[str, Tensor]) -> tuple[Tensor, InferenceRule]:
     """Return the encoder's bias and the inference rule."""
     if config.architecture == "topk":
         return tensors["b_enc"], InferenceRule("topk", config.k)
     if config.architecture == "gated":
-        return tensors["b_gate"], InferenceRule("gated", r_mag=tensors["r_mag"], b_mag=tensors["b_mag"])
+        magnitude = {name: tensors[name] for name in ("r_mag", "b_mag")}
+        return tensors["b_gate"], InferenceRule("gated", config.metadata.k, **magnitude)
     # Under ReLU a threshold below 0 is one of 0.
     threshold = tensors["threshold"].clamp_min(0) if "threshold" in tensors else torch.tensor(0.0)
     return tensors["b_enc"], InferenceRule("threshold", config.metadata.k, threshold=_one_if_equal(threshold))

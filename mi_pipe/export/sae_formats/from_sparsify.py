@@ -17,7 +17,9 @@ from mi_pipe.saes.sae import SAE
 from mi_pipe.saes.sites import Sites
 
 
-class _Config(ForeignConfig):
+class SparsifyConfig(ForeignConfig):
+    """What counts of cfg.json."""
+
     d_in: PositiveInt
     k: PositiveInt
     num_latents: NonNegativeInt = 0
@@ -32,28 +34,36 @@ class _Config(ForeignConfig):
 
     @property
     def d_sae(self) -> int:
+        """Number of features."""
         return self.num_latents or self.d_in * self.expansion_factor
 
     @property
     def is_transcoder(self) -> bool:
+        """Whether it reads one hook point and writes another."""
         # An SAE of ours that subtracts nothing is marked `transcode` too.
         return self.transcode and (self.hookpoint is None or "->" in self.hookpoint)
 
 
-def read_sparsify(folder: SAEFolder, hooks: str, model: str) -> SAE:
-    """Return the SAE of a folder; `hooks` and `model`, where not "", say where it belongs.
+def check_sparsify(folder: SAEFolder, hooks: str) -> tuple[SparsifyConfig, Sites]:
+    """Return what a folder says, `hooks` overruling it where it is not "", before its weights are read.
 
     Raises ConfigError for what cannot be had, ArtifactDamagedError for files that cannot be read.
     """
-    config = folder.parse(_Config, folder.read_json())
+    config = folder.parse(SparsifyConfig, folder.read_json())
     if config.activation != "topk" or config.signed:
         what = "signed TopK" if config.signed else config.activation
         raise ConfigError(f"{folder.config_path}: the activation {what!r} cannot be imported, only topk.")
     if config.k > config.d_sae:
         raise ConfigError(f"{folder.config_path}: k is {config.k}, and there are {config.d_sae} features.")
     sites = _sites(config, folder, hooks)
+    folder.check_shapes(_shapes(config), "sparse coder of sparsify")
+    return config, sites
+
+
+def read_sparsify(folder: SAEFolder, hooks: str, model: str) -> SAE:
+    """Return the SAE of a folder; `hooks` and `model`, if not "", overrule what it says. Raises as the check does."""
+    config, sites = check_sparsify(folder, hooks)
     tensors = folder.read_tensors()
-    folder.check_shapes(tensors, _shapes(config), "sparse coder of sparsify")
     return SAE(
         tensors["encoder.weight"].T.contiguous(),
         tensors["encoder.bias"],
@@ -68,7 +78,7 @@ def read_sparsify(folder: SAEFolder, hooks: str, model: str) -> SAE:
     ).eval()
 
 
-def _sites(config: _Config, folder: SAEFolder, hooks: str) -> Sites:
+def _sites(config: SparsifyConfig, folder: SAEFolder, hooks: str) -> Sites:
     said, width = hooks or config.hookpoint, config.d_in
     if said:
         return asked_sites(said, config.is_transcoder, width, width, folder.path)
@@ -76,7 +86,7 @@ def _sites(config: _Config, folder: SAEFolder, hooks: str) -> Sites:
     return noted_sites(read, None, config.is_transcoder, (width, width), folder.config_path)
 
 
-def _shapes(config: _Config) -> dict[str, tuple[int, ...]]:
+def _shapes(config: SparsifyConfig) -> dict[str, tuple[int, ...]]:
     d_in, d_sae = config.d_in, config.d_sae
     shapes: dict[str, Any] = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in)}
     shapes["b_dec"] = (d_in,)

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from mi_pipe.core.errors import ArtifactDamagedError
 from mi_pipe.export.sae_formats.folder import SAEFolder
-from mi_pipe.export.sae_formats.from_saelens import read_saelens
-from mi_pipe.export.sae_formats.from_sparsify import read_sparsify
+from mi_pipe.export.sae_formats.from_saelens import check_saelens, read_saelens
+from mi_pipe.export.sae_formats.from_sparsify import check_sparsify, read_sparsify
 from mi_pipe.export.sae_formats.packed import PROBE_FILE
 from mi_pipe.saes.sae import SAE
+from mi_pipe.saes.sites import Sites
 from mi_pipe.saes.storage import probe_agrees
 
+_CHECKS = {"saelens": check_saelens, "sparsify": check_sparsify}
 _READERS = {"saelens": read_saelens, "sparsify": read_sparsify}
 
 
@@ -28,6 +30,12 @@ class ImportedSAE:
     """The program whose folder it is."""
     config: dict[str, Any]
     """The folder's whole config, as a note."""
+
+
+def check_sae_folder(path: Path, hooks: str = "") -> Sites:
+    """Return which hook points a folder's SAE reads and writes; raises as `read_sae_folder`, but reads no weights."""
+    folder = SAEFolder.at(path)
+    return _CHECKS[folder.kind](folder, hooks)[1]
 
 
 def read_sae_folder(path: Path, hooks: str = "", model: str = "") -> ImportedSAE:

@@ -1,6 +1,5 @@
 """Where an exported SAE comes from, as far as the store knows: notes that go into another program's config."""
 
-import re
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -13,8 +12,6 @@ from mi_pipe.core.manifest import InputRef
 from mi_pipe.core.store import Store
 from mi_pipe.saes.sae import SAE
 from mi_pipe.saes.sae_set import SAESet
-
-_LAYER = re.compile(r"(?:^|[.:])(?:blocks|layers|h)\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -63,16 +60,6 @@ def origin_of(saes: SAESet, store: Store) -> Origin:
         prepend_bos=asked.get("prepend_bos"),
         matryoshka_fractions=known.matryoshka_fractions,
     )
-
-
-def layer_of(hook: str) -> int:
-    """Return the layer in a hook point's name, 0 if it has none (embeddings).
-
-    >>> layer_of("blocks.15.hook_resid_post"), layer_of("model.layers.3.mlp"), layer_of("hook_embed")
-    (15, 3, 0)
-    """
-    found = _LAYER.search(hook)
-    return int(found[1]) if found else 0
 
 
 def _opened(ref: InputRef | None, store: Store) -> Artifact | None:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from mi_pipe.export.sae_formats.equal_weights import with_subtraction
-from mi_pipe.export.sae_formats.origin import Origin, layer_of
+from mi_pipe.export.sae_formats.origin import Origin
 from mi_pipe.export.sae_formats.packed import Form, Packed
 from mi_pipe.saes.architectures.matryoshka import prefixes
+from mi_pipe.saes.cfg import layer_of
 from mi_pipe.saes.sae import SAE
 
 CONFIG_FILE = "config.json"
