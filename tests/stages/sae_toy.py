@@ -52,6 +52,7 @@ def slow_steps(seconds: float) -> None:
     step = SAETrainer.step
 
     def slow_step(self, x, index):
+        print("step", index, flush=True)
         time.sleep(seconds)
         return step(self, x, index)
 
@@ -64,4 +65,4 @@ if __name__ == "__main__":
     store = Store(sys.argv[1])
     inputs = sae_inputs(store)
     slow_steps(float(sys.argv[2]))
-    execute(train_saes.STAGE, toy_config(), inputs, store)
+    execute(train_saes.STAGE, toy_config(checkpoint_s=float(sys.argv[3])), inputs, store)

@@ -152,8 +152,8 @@ def copied(shared: Store, folder) -> Store:
 
 def kill_at(store: Store, artifact_id: str, n_units: int, delay_s: float) -> None:
     """Start a training in a process of its own and kill it shortly after `n_units` units are done."""
-    command = [sys.executable, "-m", "tests.stages.sae_toy", str(store.root), "0.005"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "tests.stages.sae_toy", str(store.root), "0.005", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while process.poll() is None and store.ledger(artifact_id).n_done < n_units:
         time.sleep(0.01)
     time.sleep(delay_s)

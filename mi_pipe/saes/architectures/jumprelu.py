@@ -28,8 +28,8 @@ from mi_pipe.saes.step import Batch, ChunkSums, Outcome, StepContext, encoded_ch
 
 SparsityLoss = Literal["target", "step", "tanh"]
 
-START_FACTOR = 2
-THRESHOLD_LR = 10.0
+START_FACTOR = 1
+THRESHOLD_LR = 30.0
 BANDWIDTH = 0.5
 _TANH_SCALE = 4.0
 

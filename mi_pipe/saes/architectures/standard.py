@@ -5,6 +5,8 @@ loss = (Σ‖x - x̂‖² + λ Σ z_j ‖W_dec,j‖) / (batch * d_out) + AuxK. D
 gains nothing. Saved SAEs have the norms folded into the encoder, so that their rows are unit vectors too.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,13 @@ def l1(z: Tensor) -> tuple[Tensor, Tensor]:
 class Penalised(Architecture):
     """An architecture with a sparsity penalty, and a coefficient that may be led to a target."""
 
+    first_coefficient: ClassVar[float] = 3.0
+    """Where a coefficient begins that is led: what L1 penalties come to on residual streams, to within a factor of 3."""
+
     def __init__(self, sparsity: Sparsity) -> None:
         """Become as sparse as `sparsity` says."""
         self.sparsity = sparsity
-        self.coefficient = Coefficient(sparsity)
+        self.coefficient = Coefficient(sparsity, self.first_coefficient)
 
     def prepare(self, params: Parameters, batch: Batch) -> None:
         """Let some times the target's features be active at first, by the encoder's bias."""
