@@ -107,6 +107,7 @@ class _Scored:
 
     name: str
     hook: str
+    hook_out: str
     d_in: int
     d_sae: int
 
@@ -191,7 +192,9 @@ def _checked_saes(config: ScoreFeaturesConfig, inputs: Inputs) -> list[_Scored]:
     if inputs.prompts is not None:
         check_prompts(store, inputs.prompts)
     configs = {name: inputs.saes.config_of(name) for name in inputs.saes.names}
-    saes = [_Scored(name, entry["hook"], entry["d_in"], entry["d_sae"]) for name, entry in configs.items()]
+    saes = [
+        _Scored(name, *(entry[key] for key in ("hook", "hook_out", "d_in", "d_sae"))) for name, entry in configs.items()
+    ]
     for sae in saes:
         if sae.hook not in store.hooks:
             raise ConfigError(
@@ -260,7 +263,7 @@ def _effects(job: _Job) -> None:
     model = norm = None
     for sae in todo:
         effects, text = NO_EFFECTS, str
-        if job.inputs.model is not None and writes_to_residual(sae.hook):
+        if job.inputs.model is not None and writes_to_residual(sae.hook_out):
             model = model or load_source(job.inputs.model, job.config.device)
             norm = norm or fold_norm(model.final_norm, model.info.d_model, model.W_U)
             directions, text = job.inputs.saes[sae.name].W_dec.data, model.vocabulary.text
