@@ -46,8 +46,9 @@ def test_every_architecture_comes_near_its_sparsity_and_explains(every):
     rows = every.evaluation.set_index("sae")
     for name in every.names:
         assert rows.loc[name, "l0"] == pytest.approx(4, rel=0.25), name
-        # A penalty on 4 of 32 dimensions' worth of features shrinks them; the others lose less.
-        assert rows.loc[name, "fvu"] < (0.9 if "standard" in name else 0.6), name
+        # An L1 penalty that leaves 4 features of 64 shrinks those; the others lose less.
+        is_shrunk = "standard" in name or "p_anneal" in name
+        assert rows.loc[name, "fvu"] < (0.9 if is_shrunk else 0.6), name
         assert rows.loc[name, "dead_fraction"] < 0.2, name
         assert 0.5 < rows.loc[name, "ce_recovered"] <= 1.001, name
         assert rows.loc[name, "kl"] > 0, name
