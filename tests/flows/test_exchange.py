@@ -12,6 +12,7 @@ import mi_pipe
 from mi_pipe.export import hdf5
 from tests.activations.harvests import HEADS, RESIDUAL, harvest_toy
 from tests.flows.test_cli import command, only_line  # noqa: F401 (a fixture)
+from tests.stages.scored_toy import toy_saes
 from tests.stages.toys import toy_model
 
 HOOK = "blocks.3.hook_resid_post"
@@ -72,9 +73,43 @@ def test_a_dump_comes_in(command, dump):  # noqa: F811
     assert mi_pipe.open(said.splitlines()[-1]).dtype == "bfloat16"
 
 
+def test_saes_go_out_to_three_programs_and_come_back(command, acts, store, tmp_path):  # noqa: F811
+    saes = toy_saes(store, hooks=(RESIDUAL, HEADS))
+    for peer, name, files in (
+        ("saelens", "first.threshold", {"cfg.json", "sae_weights.safetensors"}),
+        ("sparsify", "first.topk", {"cfg.json", "sae.safetensors"}),
+        ("dictionary_learning", "first.threshold", {"config.json", "ae.pt"}),
+    ):
+        out = tmp_path / peer
+        words = ["--to", peer, "--out", str(out), "--sae", name, "--sae", "second.topk"]
+        code, said, err = command("export", saes.id, *words)
+        assert code == 0, err
+        assert str(out) in only_line(said)
+        assert {path.name for path in out.iterdir()} == {name, "second.topk"}
+        assert {path.name for path in (out / name).iterdir()} == files | {"probe.safetensors"}
+    folders = [str(tmp_path / "saelens" / "first.threshold"), str(tmp_path / "sparsify" / "first.topk")]
+    code, said, err = command("import-saes", *folders, "--activations", acts.id, "--device", "cpu")
+    assert code == 0, err
+    assert "Completed" in said
+    assert "FVU" in said
+    again = mi_pipe.open(said.splitlines()[-1])
+    assert again.names == ["L0.resid_post.threshold.d48", "L0.resid_post.topk.k4.d48"]
+    np.testing.assert_array_equal(again[again.names[0]].W_enc, saes["first.threshold"].W_enc)
+    # The activations know their model and prompts, so the SAEs were run in the model too.
+    assert np.isfinite(again.evaluation["ce_sae"]).all()
+    assert "Cached" in command("import-saes", *folders, "--activations", acts.id)[1]
+    code, said, _ = command("import-saes", folders[0], "--hook", HEADS, "--model", "mine")
+    assert code == 0
+    unmeasured = mi_pipe.open(said.splitlines()[-1])
+    assert (unmeasured[unmeasured.names[0]].hook, unmeasured[unmeasured.names[0]].model) == (HEADS, "mine")
+    assert unmeasured.id in command("status")[1]
+    assert command("verify", unmeasured.id, "--deep")[0] == 0
+
+
 def test_mistakes_are_one_sentence(command, acts, store, dump, tmp_path):  # noqa: F811
     file, table, _ = dump
     model = toy_model(store)
+    saes = toy_saes(store, hooks=(RESIDUAL, HEADS))
     ragged = harvest_toy(store, [20, 7])
     (tmp_path / "there.h5").touch()
     words = ["--to", "hdf5", "--out", str(tmp_path / "new.h5")]
@@ -84,6 +119,20 @@ def test_mistakes_are_one_sentence(command, acts, store, dump, tmp_path):  # noq
         (["export", acts.id, *words, "--hook", "blocks.0.hook_resid_pots"], "Did you mean"),
         (["export", acts.id, "--to", "hdf5", "--out", str(tmp_path / "there.h5")], "exists already"),
         (["export", ragged.id, "--to", "saelens", "--out", str(tmp_path / "new")], "prompts of one length"),
+        (["export", saes.id, *words], "go --to saelens or dictionary_learning or sparsify, not to hdf5"),
+        (["export", acts.id, "--to", "sparsify", "--out", str(tmp_path / "new")], "go --to hdf5 or saelens, not to"),
+        (["export", acts.id, "--to", "saelens", "--out", str(tmp_path / "new"), "--sae", "x"], "named with --hook"),
+        (["export", saes.id, "--to", "saelens", "--out", str(tmp_path / "new"), "--hook", HEADS], "named with --sae"),
+        (
+            ["export", saes.id, "--to", "saelens", "--out", str(tmp_path / "new"), "--sae", "first.topkk"],
+            "Did you mean",
+        ),
+        (
+            ["export", saes.id, "--to", "sparsify", "--out", str(tmp_path / "new")],
+            "first.threshold is an SAE whose rule",
+        ),
+        (["import-saes", str(tmp_path / "gone")], "gone is no folder"),
+        (["import-saes", str(tmp_path), "--activations", model.id], "holds no activations"),
         (["import", file, "--hook", HOOK], "--tokens"),
         (["import", file, "--tokens", table], "--hook"),
         (["import", file, "--tokens", table, "--hook", HOOK, "--hook", HOOK], "two --hook"),
@@ -96,7 +145,7 @@ def test_mistakes_are_one_sentence(command, acts, store, dump, tmp_path):  # noq
         assert message in only_line(err), line
     assert not (tmp_path / "new.h5").exists()
     assert not (tmp_path / "new").exists()
-    for line in (["export", acts.id], ["export", acts.id, "--to", "csv", "--out", "x"], ["import"]):
+    for line in (["export", acts.id], ["export", acts.id, "--to", "csv", "--out", "x"], ["import"], ["import-saes"]):
         assert command(*line)[0] == 2
 
 
