@@ -88,7 +88,7 @@ def import_saes_command(
         inputs = import_saes.Inputs(known_model(acts, place), known_prompts(acts, place), acts)
     with Screen() as screen:
         screen.begin("import")
-        result = execute(import_saes.STAGE, config, inputs, place, Progress(screen.tick), "import")
+        result = execute(import_saes.STAGE, config, inputs, place, Progress(screen.tick), import_saes.STAGE.name)
     saes = SAESet(result.artifact.path)
     _out.print(f"{result.outcome} in {result.seconds:.1f} s: {', '.join(map(_figures, _rows(saes)))}", markup=False)
     _out.print(saes.id, markup=False)

@@ -1,4 +1,7 @@
-"""The page of SAEs: training curves, the evaluation on held-out prompts, and the trade of L0 against FVU."""
+"""The page of SAEs: training curves, the evaluation on held-out prompts, and the trade of L0 against FVU.
+
+SAEs that were imported have no curves, and no figures of the evaluation if they were not measured.
+"""
 
 from collections.abc import Sequence
 
@@ -24,14 +27,14 @@ def page(sets: Sequence[Artifact]) -> Page:
     """Make the page of one or more sets of SAEs."""
     training = _joined(sets, "training.parquet")
     evaluation = _joined(sets, "evaluation.parquet")
-    curves = [_curve(training, column) for column in _CURVES if column in training]
-    others = [_trade_off(evaluation), *_recovered(evaluation)]
+    curves = [_curve(training, column) for column in _CURVES if column in training and len(training)]
+    others = [*_trade_off(evaluation), *_recovered(evaluation)]
     return Page(
         context={
             "curves": [figure.name for figure in curves],
             "others": [figure.name for figure in others],
             "evaluation": evaluation,
-            "n_tokens": int(training["tokens"].to_numpy().max()) if "tokens" in training else None,
+            "n_tokens": int(training["tokens"].to_numpy().max()) if "tokens" in training and len(training) else None,
         },
         figures=[*curves, *others],
         tables={"training": training, "evaluation": evaluation},
@@ -47,7 +50,7 @@ def _joined(sets: Sequence[Artifact], name: str) -> pd.DataFrame:
             frame.assign(sae=[sae_title(artifact, str(sae), len(sets)) for sae in frame["sae"]])
             for frame, artifact in named
         ]
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 
 
 def _curve(training: pd.DataFrame, column: str) -> Figure:
@@ -76,24 +79,35 @@ def _thin(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.iloc[::-1].iloc[::step].iloc[::-1]
 
 
-def _trade_off(evaluation: pd.DataFrame) -> Figure:
-    return scatter(
-        "l0-fvu",
-        "Sparsity against reconstruction",
-        f"Scatter of FVU against L0 on held-out prompts, one point for each of {len(evaluation)} SAEs; "
-        "lower left is better.",
-        evaluation.loc[:, ["sae", "l0", "fvu"]],
-        "l0",
-        "fvu",
-        by="sae",
-        x_title="L0 (active latents a token)",
-        y_title="FVU",
-        caption="Held-out prompts. Lower left is better: fewer latents, less left unexplained.",
-    )
+def _trade_off(evaluation: pd.DataFrame) -> list[Figure]:
+    measured = _measured(evaluation, "fvu")
+    if not len(measured):
+        return []
+    return [
+        scatter(
+            "l0-fvu",
+            "Sparsity against reconstruction",
+            f"Scatter of FVU against L0 on held-out prompts, one point for each of {len(measured)} SAEs; "
+            "lower left is better.",
+            measured.loc[:, ["sae", "l0", "fvu"]],
+            "l0",
+            "fvu",
+            by="sae",
+            x_title="L0 (active latents a token)",
+            y_title="FVU",
+            caption="Held-out prompts. Lower left is better: fewer latents, less left unexplained.",
+        )
+    ]
+
+
+def _measured(evaluation: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the rows that have a figure."""
+    return evaluation.loc[~np.isnan(evaluation[column].to_numpy(float))]
 
 
 def _recovered(evaluation: pd.DataFrame) -> list[Figure]:
-    if "ce_recovered" not in evaluation or np.isnan(evaluation["ce_recovered"].to_numpy(float)).all():
+    evaluation = _measured(evaluation, "ce_recovered") if "ce_recovered" in evaluation else evaluation.head(0)
+    if not len(evaluation):
         return []
     best = evaluation["ce_recovered"].max()
     return [

@@ -148,6 +148,20 @@ def _saes(work: Workspace) -> dict:
     return {"fvu_min": 0.1}
 
 
+def sample_imported_saes(store: Store) -> list[Artifact]:
+    """Return a set that was measured on import, and one that was not."""
+    made = []
+    for name, figures in (("a" * 16, {"fvu": 0.2, "l0": 3.0, "ce_recovered": np.nan}), ("b" * 16, {})):
+        artifact_id = f"import_saes-{name}"
+        work = Workspace(artifact_id, store.folder(artifact_id), store.scratch(artifact_id))
+        work.write_table("training.parquet", pd.DataFrame(columns=["sae", "step", "tokens", "fvu", "l0", "loss"]))
+        row = {"sae": SAE, "fvu": np.nan, "l0": np.nan, **figures}
+        work.write_table("evaluation.parquet", pd.DataFrame([row]))
+        work.publish(MadeOf("import_saes", 1, {}))
+        made.append(Artifact(store.folder(artifact_id)))
+    return made
+
+
 def _features(work: Workspace) -> dict:
     features = np.arange(D_SAE, dtype=np.int32)
     density = np.where(features == 7, 0.0, (features + 1) / 1000)

@@ -21,6 +21,7 @@ from tests.report.samples import (
     TOKENS,
     sample_activations,
     sample_exchange,
+    sample_imported_saes,
 )
 
 RECIPE = Recipe("r", "", "")
@@ -55,6 +56,28 @@ def test_harvests_imports_and_captures_share_the_page_of_activations(tmp_path):
     assert captured["precision"] is None
     assert [massive["tokens"] for massive in captured["massive"]] == [[]], "its items are no tokens"
     assert imported["massive"][0]["tokens"] == [(HOSTILE, 1)]
+
+
+def test_imported_saes_share_the_page_of_saes_with_and_without_figures(tmp_path, artifacts):
+    store = Store(tmp_path / "s")
+    measured, unmeasured = sample_imported_saes(store)
+    [trained] = of(artifacts, "train_saes")
+
+    def context(*sets):
+        [_, plan] = page_plans(list(sets), [], RECIPE, 10, 2)
+        assert plan.slug == "saes"
+        return plan.make().context
+
+    assert context(unmeasured)["others"] == []
+    assert context(unmeasured)["curves"] == []
+    assert context(unmeasured)["n_tokens"] is None
+    assert context(measured)["others"] == ["l0-fvu"]
+    both = context(trained, measured, unmeasured)
+    assert both["curves"] == context(trained)["curves"]
+    assert both["others"] == ["l0-fvu", "l0-ce-recovered"]
+    assert len(both["evaluation"]) == 3
+    titles = both["evaluation"]["sae"].tolist()
+    assert len(set(titles)) == 3, "the same SAE's name in three sets"
 
 
 def test_features_with_dashboards_are_spread_over_density_and_never_dead():
