@@ -9,8 +9,10 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import queue
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,10 +140,11 @@ def start_of(config: TrainSAEsConfig, inputs: Inputs, specs: list[SAESpec]) -> S
             raise ConfigError(f"saes.start_from: {before.id} has no {spec.name}, only {known}. Give the same options.")
         before.state_of(spec.name)
     old = TrainSAEsConfig.model_validate(before.manifest.config)
-    if (old.batch_rows, old.data, old.n_steps < config.n_steps) != (config.batch_rows, config.data, True):
+    was = (old.batch_rows, old.data, before.inputs["activations"].digest)
+    if was != (config.batch_rows, config.data, inputs.activations.digest) or old.n_steps >= config.n_steps:
         raise ConfigError(
-            f"saes.start_from: {before.id} has {old.n_steps:,} steps of {old.batch_rows:,} rows; a training "
-            f"that goes on has the same batch_rows and data, and more tokens (here {config.n_steps:,} steps)."
+            f"saes.start_from: {before.id} has {old.n_steps:,} steps of {old.batch_rows:,} rows; a training that goes "
+            f"on has the same activations, batch_rows and data, and more tokens (here {config.n_steps:,} steps)."
         )
     return Start(old.n_steps, before.state_of)
 
@@ -151,20 +154,23 @@ def run(config: TrainSAEsConfig, inputs: Inputs, work: Workspace) -> dict[str, S
     source = inputs.source()
     specs = plan_sweep(config, source)
     start_of(config, inputs, specs)
-    by_site = [list(group) for _, group in itertools.groupby(specs, key=lambda spec: spec.sites)]
-    groups = [group for site in by_site for group in memory_groups(site, pick_device(config.device))]
     held_out = _held_out(config, inputs)
-    if work.pool is None or work.pool.n_workers < 2:  # noqa: PLR2004
-        work.ledger.expect(len(groups) * _n_units(config) + len(specs))
-        found = [_train(Share(config, inputs, work.folder, work.scratch), group, held_out, work) for group in groups]
-    else:
+    share = Share(config, inputs, work.folder, work.scratch)
+    devices = config.devices
+    if work.pool is not None and work.pool.n_workers > 1:
         groups = spread(specs, work.pool.n_workers)
-        work.ledger.expect(len(groups) * _n_units(config) + len(specs))
-        share = Share(config, inputs, work.folder, work.scratch)
-        found = []
-        for names, rows in work.pool.run(partial(train_share, share), groups):
-            found.append(rows)
-            _mark(work, names, config, config.n_steps)
+        ended = work.pool.run(partial(train_share, share), groups)
+    elif len(devices) > 1:
+        groups = spread(specs, len(devices))
+        ended = _on_devices(share, groups, devices)
+    else:
+        groups = [group for site in _by_site(specs) for group in memory_groups(site, pick_device(devices[0]))]
+        ended = ((group, _train(share, group, held_out, work)) for group in groups)
+    work.ledger.expect(len(groups) * _n_units(config) + len(specs))
+    found: list[Rows] = []
+    for group, rows in ended:
+        found.append(rows)
+        _mark(work, group, config, config.n_steps)
     _write_rows(work, specs, found)
     dead = {row["sae"]: row["dead_fraction"] for row in _in_order(specs, [r for rows in found for r in rows.curve])}
     rows = [{**_evaluate(spec, config, work, held_out), "dead_fraction": dead[spec.name]} for spec in specs]
@@ -191,15 +197,40 @@ class Share:
 
 def spread(specs: list[SAESpec], n_workers: int) -> list[list[SAESpec]]:
     """Share whole SAEs among workers: each site's in about equal groups, no more groups than it takes."""
-    sites = [list(group) for _, group in itertools.groupby(specs, key=lambda spec: spec.sites)]
+    sites = _by_site(specs)
     each = max(1, math.ceil(n_workers / len(sites)))
     return [site[i::each] for site in sites for i in range(min(each, len(site)))]
 
 
+def _by_site(specs: list[SAESpec]) -> list[list[SAESpec]]:
+    return [list(group) for _, group in itertools.groupby(specs, key=lambda spec: spec.sites)]
+
+
 def train_share(share: Share, specs: list[SAESpec]) -> tuple[list[SAESpec], Rows]:
-    """Train some SAEs in a worker process, from their last checkpoint; returns them and their rows."""
-    held_out = HeldOut(share.inputs.source(), share.config, None)
-    return specs, share.training(specs).finish(held_out)
+    """Train SAEs of the same sites from their last checkpoint, in a worker or thread; return them and their rows."""
+    held_out = _held_out(share.config, share.inputs)
+    rows = Rows()
+    for group in memory_groups(specs, pick_device(share.config.device)):
+        rows.add(share.training(group).finish(held_out))
+    return specs, rows
+
+
+def _on_devices(share: Share, groups: list[list[SAESpec]], devices: list[str]) -> Iterator[tuple[list[SAESpec], Rows]]:
+    """Train groups in a thread for each device, which takes the next group when it is free; yield them as they end."""
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def train(group: list[SAESpec]) -> tuple[list[SAESpec], Rows]:
+        device = free.get()
+        try:
+            return train_share(replace(share, config=share.config.model_copy(update={"device": device})), group)
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(len(devices), "sae-training") as threads:
+        for future in as_completed([threads.submit(train, group) for group in groups]):
+            yield future.result()
 
 
 def _train(share: Share, specs: list[SAESpec], held_out: HeldOut, work: Workspace) -> Rows:
@@ -263,7 +294,7 @@ def _held_out(config: TrainSAEsConfig, inputs: Inputs) -> HeldOut:
             "%s: no %s: cross-entropy with the SAEs in the model is not measured", inputs.activations.id, missing
         )
         return HeldOut(inputs.source(), config, None)
-    device = str(pick_device(config.device))
+    device = str(pick_device(config.devices[0]))
     return HeldOut(inputs.source(), config, InModel(prompts, lambda: load_source(model, device)))
 
 
@@ -273,7 +304,7 @@ def _evaluate(spec: SAESpec, config: TrainSAEsConfig, work: Workspace, held_out:
         work.progress.update(0, 1, "evaluation", spec.name)
         folder = work.folder / "saes" / spec.name
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        sae = read_sae(content, load_file(folder / WEIGHTS_FILE)).to(pick_device(config.device))
+        sae = read_sae(content, load_file(folder / WEIGHTS_FILE)).to(pick_device(config.devices[0]))
         figures = vars(held_out.evaluate_rows(sae, config.evaluation.n_rows).figures)
         in_model = held_out.evaluate_in_model(sae, config.evaluation.n_prompts)
         work.ledger.mark(unit, **finite({**figures, **in_model}))

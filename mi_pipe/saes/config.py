@@ -102,7 +102,7 @@ class TrainSAEsConfig(Config):
     hooks: list[str] | None = None
     """Hook points of the store to train on; none means all. `input -> output` is a transcoder, `first + second` a
     crosscoder over hook points, `other:hook` a hook point of `other_store`."""
-    other_store: str | None = None
+    other_store: Annotated[str | None, Execution()] = None
     """A second store of activations of the same tokens (another model's): an id of the store, or a URL."""
     architecture: ArchitectureName | list[ArchitectureName] = "topk"
     """standard, topk, batchtopk, jumprelu, gated, matryoshka or p_anneal, or a list."""
@@ -138,7 +138,7 @@ class TrainSAEsConfig(Config):
     """Order of rows and the held-out share."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out measurements."""
-    start_from: str | None = None
+    start_from: Annotated[str | None, Execution()] = None
     """Id of a finished training with the same options but fewer tokens, to go on from."""
     keep_state: bool = True
     """Keep moments and counters beside the weights (twice their size), so that a later training can go on."""
@@ -147,7 +147,12 @@ class TrainSAEsConfig(Config):
     checkpoint_s: Annotated[NonNegativeFloat, Execution()] = 120.0
     """Seconds between checkpoints; a killed training loses at most this much."""
     device: Annotated[str, Execution()] = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
+    """auto, cpu, cuda, cuda:1 or mps; several, as in cuda:0,cuda:1, share the SAEs among them."""
+
+    @property
+    def devices(self) -> list[str]:
+        """Names of the devices to train on."""
+        return [name.strip() for name in self.device.split(",")]
 
     @property
     def n_steps(self) -> int:

@@ -40,6 +40,7 @@ from mi_pipe.saes.training import TrainingGroup
 logger = logging.getLogger(__name__)
 
 _PROBE_ROWS = 16
+_LOG_S = 60.0
 _DENSITY_EDGES = [-5.0 + 0.25 * i for i in range(21)]
 """log10 of the share of rows on which a feature fires."""
 
@@ -56,6 +57,11 @@ class Rows:
     held_out: list[dict[str, Any]] = field(default_factory=list)
     densities: list[dict[str, Any]] = field(default_factory=list)
     timing: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, other: "Rows") -> None:
+        """Add another's rows."""
+        for name, rows in vars(other).items():
+            getattr(self, name).extend(rows)
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,8 @@ class SiteTraining:
                     rows.curve += new
                     rows.timing += [clock.row(step + 1, new[0]["tokens"], len(group.trainers), self.sites.label)]
                     on_rows(new)
+                    if clock.is_log_due():
+                        logger.info(_line(self.sites.short, new, rows.timing[-1], n_steps))
                 if step + 1 in moments:
                     self._look(group, held_out, step + 1, rows)
                 due = clock.seconds_since_saved >= self.config.checkpoint_s or held.asked
@@ -226,6 +234,13 @@ class SiteTraining:
             save_file({key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}, temp)
 
 
+def _line(label: str, new: list[dict[str, Any]], timing: dict[str, Any], n_steps: int) -> str:
+    """Return where a training is, for the log."""
+    figures = ", ".join(f"{row['fvu']:.3f} at L0 {row['l0']:.1f}" for row in new)
+    step, speed, waiting = timing["step"], timing["tokens_per_s"], timing["waiting_share"]
+    return f"{label}: step {step:,} of {n_steps:,}, {speed:,.0f} tokens/s, waiting {waiting:.1%}, FVU {figures}"
+
+
 def _histogram(name: str, step: int, found: RowEvaluation) -> list[dict[str, Any]]:
     """Return how many features have which density: lower edges of bins of log10; none for features that never fire."""
     density = found.n_fired.double().cpu() / found.figures.n_rows
@@ -246,7 +261,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._waited = 0.0
-        self._since = self._saved_at = time.monotonic()
+        self._since = self._saved_at = self._logged_at = time.monotonic()
         self._tokens = 0
 
     def timed(self, batches: Generator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -265,6 +280,13 @@ class _Clock:
             **{"site": label, "step": step, "tokens": tokens, "n_saes": n_saes, "seconds": seconds},
             **{"tokens_per_s": n_tokens / seconds, "waiting_share": waited / seconds},
         }
+
+    def is_log_due(self) -> bool:
+        """Say whether it is time for a line in the log, once a minute."""
+        is_due = time.monotonic() - self._logged_at >= _LOG_S
+        if is_due:
+            self._logged_at = time.monotonic()
+        return is_due
 
     @property
     def seconds_since_saved(self) -> float:

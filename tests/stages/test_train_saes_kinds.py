@@ -181,6 +181,11 @@ def test_two_workers_make_the_bytes_of_one_process(shared, inputs, every, tmp_pa
     assert found.digest == every.digest
 
 
+def test_several_devices_make_the_bytes_of_one(inputs, every, tmp_path):
+    config = toy_config(hooks=[SECOND], architecture=list(ARCHITECTURES), n_tokens=256 * 300, device="cpu,cpu")
+    assert execute(train_saes.STAGE, config, inputs, Store(tmp_path / "devices")).artifact.digest == every.digest
+
+
 CONSTANT = {
     "hooks": [FIRST],
     "architecture": ["topk", "standard", "jumprelu"],

@@ -31,7 +31,7 @@ class Penalised(Architecture):
     """An architecture with a sparsity penalty, and a coefficient that may be led to a target."""
 
     first_coefficient: ClassVar[float] = 3.0
-    """Where a coefficient begins that is led: what L1 penalties come to on residual streams, to within a factor of 3."""
+    """Where a coefficient begins that is led: what L1 comes to on residual streams, to within a factor of 3."""
 
     def __init__(self, sparsity: Sparsity) -> None:
         """Become as sparse as `sparsity` says."""
