@@ -4,7 +4,8 @@
     generate_prompts ──► harvest ──► train_saes ──► score_features ──┐
           └──────────► heads, patch, circuits ──────────────────────┴──► report
 
-Instead of a harvest, activations that exist may be given.
+Instead of a harvest, activations that exist may be given; so may a second store of the same tokens, and a training
+to go on from.
 
 `diagram` is the only place where stages are wired; `plan` and `run` both read it.
 """
@@ -14,13 +15,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Union
 
-from flows.given import given_activations, known_prompts
+from flows.given import Given, given_activations, given_training, known_prompts
 from flows.recipe import Recipe
+from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.config import Config
 from mi_pipe.core.stage import Stage, stage_id
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import ModelHandle, resolve_model
+from mi_pipe.saes.config import TrainSAEsConfig
 from stages import (
     circuits,
     generate_prompts,
@@ -66,10 +69,13 @@ class Step:
         return [source for _, source in self.sources() if isinstance(source, Step)]
 
 
-def given_of(steps: list[Step]) -> list[Artifact]:
-    """Return the artifacts that the steps read and no step makes."""
-    sources = (source for step in steps for _, source in step.sources())
-    return list({source.id: source for source in sources if isinstance(source, Artifact)}.values())
+def given_of(steps: list[Step]) -> list[Given]:
+    """Return the artifacts that the steps read and no step makes, each once."""
+    found: dict[str, Given] = {}
+    for role, source in (pair for step in steps for pair in step.sources()):
+        if isinstance(source, Artifact):
+            found.setdefault(source.id, Given(role, source))
+    return list(found.values())
 
 
 def diagram(recipe: Recipe, store: Store) -> list[Step]:
@@ -101,10 +107,11 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
     if recipe.saes:
         # Without a model SAEs are not run on prompts; features are shown in them all the same.
         run_on = text if model else None
-        saes = step(train_saes.STAGE, recipe.saes, "saes", model=model, prompts=run_on, activations=acts)
+        read = {"model": model, "activations": acts, "other": _other(recipe.saes, store)}
+        start = given_training(recipe.saes.start_from, store) if recipe.saes.start_from else None
+        saes = step(train_saes.STAGE, recipe.saes, "saes", prompts=run_on, start=start, **read)
         if recipe.features:
-            read = {"model": model, "prompts": text, "activations": acts, "saes": saes}
-            step(score_features.STAGE, recipe.features, "features", **read)
+            step(score_features.STAGE, recipe.features, "features", prompts=text, saes=saes, **read)
     if recipe.report:
         steps.append(_report(recipe, [*(item for item in (text, acts) if isinstance(item, Artifact)), *steps]))
     return steps
@@ -119,6 +126,11 @@ def _model(recipe: Recipe, store: Store, step: Any) -> Step | ModelHandle | None
     return resolve_model(
         section.name, store, section.dtype, section.device, section.revision, section.trust_remote_code
     )
+
+
+def _other(asked: TrainSAEsConfig, store: Store) -> ActivationStore | None:
+    """Return the second store of a sweep, whatever model it is of."""
+    return given_activations(asked.other_store, store, None, "saes.other_store") if asked.other_store else None
 
 
 def _report(recipe: Recipe, shown: list[Step | Artifact]) -> Step:

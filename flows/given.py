@@ -1,8 +1,9 @@
-"""Activations that a recipe starts from instead of a harvest, and the prompts of which they are, if the store has them.
+"""What a recipe starts from that is there already: activations instead of a harvest, a second store, a training.
 
-They are checked against the recipe's model as far as it is known of which one they are.
+Activations are checked against the recipe's model as far as it is known of which one they are.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from mi_pipe.activations.provenance import model_id, prompts_id
@@ -11,23 +12,33 @@ from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.errors import ConfigError, ModelError
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import resolve_model
-from mi_pipe.models.hook_points import HookMap
 from mi_pipe.models.source import ModelSource
 from mi_pipe.models.trained import TrainedModel
 from mi_pipe.opening import open_artifact
 from mi_pipe.prompts.prompt_set import PromptSet
-from mi_pipe.saes.config import TrainSAEsConfig
-from stages.train_saes import plan_sweep
+from mi_pipe.saes.sae_set import SAESet
+from stages import train_saes
+
+_LABELS = {"other": "other_store", "start": "start_from"}
+"""Roles by the names that recipes have for them."""
 
 
-def given_activations(name: str, store: Store, model: str | None) -> ActivationStore:
-    """Open the activations that a recipe names; `model` is the id of the recipe's model.
+@dataclass(frozen=True)
+class Given:
+    """An artifact that steps read and none makes, and the role in which they read it."""
+
+    role: str
+    artifact: Artifact
+
+
+def given_activations(name: str, store: Store, model: str | None, key: str = "activations") -> ActivationStore:
+    """Open the activations that a recipe names under `key`; `model` is the id of the model that they must be of.
 
     Raises ConfigError if they hold no activations or are of another model, and what `mi_pipe.open` raises.
     """
     acts = open_artifact(name, store)
     if not isinstance(acts, ActivationStore):
-        raise ConfigError(f"activations: {acts.id} holds no activations; name a harvest, an import or a capture.")
+        raise ConfigError(f"{key}: {acts.id} holds no activations; name a harvest, an import or a capture.")
     known = model_id(acts)
     if model is not None and known is not None and known != model:
         raise ConfigError(
@@ -58,21 +69,24 @@ def known_model(acts: ActivationStore, store: Store) -> ModelSource | None:
     return handle if handle.id == name else None
 
 
-def check_given(acts: ActivationStore, asked: TrainSAEsConfig, hooks: HookMap | None) -> None:
-    """Raise HookPointError or ConfigError for hook points that the store, or the recipe's model, does not have so."""
-    for hook in dict.fromkeys(hook for spec in plan_sweep(asked, acts) for hook in spec.sites.hooks):
-        if hooks is not None and hooks[hook].width != acts.width(hook):
-            raise ConfigError(
-                f"activations: {hook} is {acts.width(hook)} values wide in {acts.id}, and {hooks[hook].width} in the "
-                "recipe's model. Name the model of the activations, or none."
-            )
+def given_training(name: str, store: Store) -> SAESet:
+    """Open the finished training that a recipe goes on from; raises ConfigError if it is none."""
+    found = open_artifact(name, store)
+    if not isinstance(found, SAESet) or found.manifest.stage != train_saes.STAGE.name:
+        raise ConfigError(f"saes.start_from: {found.id} is no training of SAEs; name the artifact of a saes section.")
+    return found
 
 
-def as_row(given: Artifact) -> dict[str, Any]:
+def as_row(given: Given) -> dict[str, Any]:
     """Return what is given as a row for tables and JSON, like those of `flows.planning`."""
-    is_store = isinstance(given, ActivationStore)
-    label, text = ("activations", _extent(given)) if is_store else ("prompts", "those of the activations")
-    return {"step": label, "id": given.id, "action": "given", "reason": text, "n_done": 0, "n_total": None}
+    found = given.artifact
+    text = "those of the activations"
+    if isinstance(found, ActivationStore):
+        text = _extent(found)
+    elif isinstance(found, SAESet):
+        text = f"a training of {len(found)} SAE{'s' if len(found) != 1 else ''}, to go on from"
+    label = _LABELS.get(given.role, given.role)
+    return {"step": label, "id": found.id, "action": "given", "reason": text, "n_done": 0, "n_total": None}
 
 
 def _extent(acts: ActivationStore) -> str:

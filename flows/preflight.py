@@ -1,21 +1,22 @@
 """What is done before any work begins: recipe read, steps wired, store looked at, hook points checked."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from flows.diagram import Step, diagram, given_of
 from flows.forecast import Forecast, check_fit, harvest_forecasts
-from flows.given import check_given
+from flows.given import Given
 from flows.planning import Intent, plan
 from flows.recipe import Recipe, load_recipe
+from flows.sweep_checks import Reads, check_planned_sweep, check_sweep
 from mi_pipe.activations.harvest.hook_selection import select_hooks
-from mi_pipe.activations.store import ActivationStore
-from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import ModelHandle
 from mi_pipe.models.hook_points import HookMap
 from mi_pipe.models.source import source_hooks
 from mi_pipe.models.trained import native_module, wrap_native
-from stages.train_saes import sites_of
+from mi_pipe.opening import open_artifact
+from stages import train_saes
 
 _LOOKS_AT_HOOKS = ("harvest", "train_saes")
 
@@ -28,7 +29,7 @@ class Prepared:
     store: Store
     steps: list[Step]
     intents: list[Intent]
-    given: tuple[Artifact, ...] = ()
+    given: tuple[Given, ...] = ()
     """What the steps read that is there already and none of them makes."""
     hooks: HookMap | None = None
     """The model's hook points, where a step looks at them."""
@@ -49,24 +50,37 @@ def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
     if not any(intent.action != "cached" and intent.step.stage.name in _LOOKS_AT_HOOKS for intent in intents):
         return Prepared(content, where, steps, intents, given)
     hooks = _hooks(content, steps)
-    _check_hooks(content, given, hooks)
+    _check_hooks(content, intents, where, hooks)
     forecasts = [] if hooks is None else harvest_forecasts(intents, hooks, where)
     for forecast in forecasts:
         check_fit(forecast)
     return Prepared(content, where, steps, intents, given, hooks, tuple(forecasts))
 
 
-def _check_hooks(recipe: Recipe, given: tuple[Artifact, ...], hooks: HookMap | None) -> None:
+def _check_hooks(recipe: Recipe, intents: list[Intent], store: Store, hooks: HookMap | None) -> None:
     """Raise HookPointError or ConfigError for what would fail only after hours."""
-    if recipe.saes:
-        for acts in given:
-            if isinstance(acts, ActivationStore):
-                check_given(acts, recipe.saes, hooks)
+    reads = _reads_of_saes(intents, store)
+    if recipe.saes and reads.activations is not None:
+        check_sweep(recipe.saes, reads, hooks)
     if recipe.harvest is None or hooks is None:
         return
     harvested = {site.name: site.width for site in select_hooks(recipe.harvest.hooks, hooks)}
-    if recipe.saes:
-        sites_of(recipe.saes, harvested, "harvest.hooks")
+    if recipe.saes and reads.activations is None:
+        check_planned_sweep(recipe.saes, harvested, reads.other)
+
+
+def _reads_of_saes(intents: list[Intent], store: Store) -> Reads:
+    """Return what the recipe's SAEs read; a harvest counts as there if it will not be made anew."""
+    found: dict[str, Any] = {"activations": None}
+    step = next((intent.step for intent in intents if intent.step.stage is train_saes.STAGE), None)
+    for role, source in step.sources() if step else ():
+        if role not in ("activations", "other", "start"):
+            continue
+        if not isinstance(source, Step):
+            found[role] = source
+        elif any(intent.step is source and intent.action == "cached" for intent in intents):
+            found[role] = open_artifact(store.folder(source.id))
+    return Reads(**found)
 
 
 def _hooks(recipe: Recipe, steps: list[Step]) -> HookMap | None:

@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flows.given import Given
 from flows.given import as_row as given_row
 from flows.planning import Intent
 from flows.runner import StepReport
-from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.progress import Tick
 
 _MARKS = {"Cached": "[dim]=[/]", "Resumed": "[green]+[/]", "Completed": "[green]+[/]", "Failed": "[red]x[/]"}
@@ -80,13 +80,13 @@ class Screen:
         mark = _MARKS.get(report.outcome, "[yellow]-[/]")
         self.out.print(f"{mark} {report.step.label:<18} {report.outcome:<9} {report.seconds:>7.1f} s  {_tail(report)}")
 
-    def given(self, given: Iterable[Artifact]) -> None:
+    def given(self, given: Iterable[Given]) -> None:
         """Print what steps read that is there already."""
         for row in map(given_row, given):
             text = escape(f"{row['id']}  {row['reason']}")
             self.out.print(f"{_MARKS['Cached']} {row['step']:<18} Given                [dim]{text}[/]")
 
-    def plan(self, intents: list[Intent], given: Iterable[Artifact] = ()) -> None:
+    def plan(self, intents: list[Intent], given: Iterable[Given] = ()) -> None:
         """Print what is given, and what each step would do and why."""
         table = Table(box=None, pad_edge=False)
         for heading in ("step", "now", "why", "artifact"):

@@ -4,7 +4,9 @@ Steps, each resumable:
 1. Encode every stored row once (massive rows left out) and write the firings, sparse, a block of rows a unit.
 2. Score the features from their firings, a range of features a unit: density, histograms, examples in context.
 3. The direct effect of every decoder direction on the logits.
-4. Join the parts into tables.
+4. Join the parts into tables, with what crosscoders write at each of their hook points.
+
+Transcoders are scored on what they read, crosscoders on their hook points side by side.
 """
 
 import dataclasses
@@ -21,14 +23,15 @@ from pydantic import Field
 
 from mi_pipe.activations.prompt_agreement import check_prompts
 from mi_pipe.activations.store import ActivationStore
+from mi_pipe.activations.training.source import JoinedStores, RowSource
 from mi_pipe.core.config import Config, Execution
-from mi_pipe.core.errors import ConfigError
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.features import feature_set as files
 from mi_pipe.features.contexts import TokenMap
-from mi_pipe.features.firings import encode_rows
+from mi_pipe.features.decoder_norms import decoder_norm_frame
+from mi_pipe.features.firings import Firings, encode_rows, joined
 from mi_pipe.features.latents import (
     block_name,
     block_ranges,
@@ -37,9 +40,10 @@ from mi_pipe.features.latents import (
     read_latents,
     write_latents,
 )
-from mi_pipe.features.logit_effects import NO_EFFECTS, fold_norm, logit_effects, writes_to_residual
+from mi_pipe.features.logit_effects import NO_EFFECTS, fold_norm, logit_effects
 from mi_pipe.features.parts import Parts
 from mi_pipe.features.row_tokens import text_of_tokens, token_map
+from mi_pipe.features.scored_saes import ScoredSAE, is_scored, read_pieces, scored_saes
 from mi_pipe.features.scoring import Scoring, score_range
 from mi_pipe.features.tables import effect_frame, feature_frame, sae_row
 from mi_pipe.models.device import pick_device
@@ -47,6 +51,7 @@ from mi_pipe.models.source import ModelSource, load_source
 from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.saes.sae import SAE
 from mi_pipe.saes.sae_set import SAESet
+from mi_pipe.saes.sites import Sites
 
 logger = logging.getLogger(__name__)
 
@@ -99,17 +104,8 @@ class Inputs:
     prompts: PromptSet | None
     activations: ActivationStore
     saes: SAESet
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """One SAE as far as its config says."""
-
-    name: str
-    hook: str
-    hook_out: str
-    d_in: int
-    d_sae: int
+    other: ActivationStore | None = None
+    """A second store of the same tokens, which crosscoders of two models read; without it they are left out."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +114,16 @@ class _Job:
 
     config: ScoreFeaturesConfig
     inputs: Inputs
-    saes: list[_Scored]
+    source: RowSource
+    saes: list[ScoredSAE]
     work: Workspace
 
     @property
-    def hooks(self) -> list[str]:
-        return list(dict.fromkeys(sae.hook for sae in self.saes))
+    def by_sites(self) -> dict[Sites, list[ScoredSAE]]:
+        found: dict[Sites, list[ScoredSAE]] = {}
+        for sae in self.saes:
+            found.setdefault(sae.sites, []).append(sae)
+        return found
 
     @property
     def parts(self) -> Parts:
@@ -133,33 +133,30 @@ class _Job:
     def n_units(self) -> int:
         return _n_units(self.saes, self.inputs)
 
-    def of_hook(self, hook: str) -> list[_Scored]:
-        return [sae for sae in self.saes if sae.hook == hook]
-
-    def latent_path(self, sae: _Scored, block: int) -> Path:
+    def latent_path(self, sae: ScoredSAE, block: int) -> Path:
         name = f"{files.LATENTS_FOLDER}/{sae.name}/{block_name(block)}"
         return self.work.path(name) if self.config.keep_latents else self.work.scratch / name
 
-    def latent_paths(self, sae: _Scored) -> list[Path]:
+    def latent_paths(self, sae: ScoredSAE) -> list[Path]:
         return [self.latent_path(sae, block) for block in range(len(block_ranges(self.inputs.activations.n_rows)))]
 
-    def is_done(self, step: str, sae: _Scored, part: int) -> bool:
+    def is_done(self, step: str, sae: ScoredSAE, part: int) -> bool:
         return f"{step} {sae.name} {part}" in self.work.ledger
 
-    def mark(self, step: str, sae: _Scored, part: int, note: str) -> None:
+    def mark(self, step: str, sae: ScoredSAE, part: int, note: str) -> None:
         ledger = self.work.ledger
         ledger.mark(f"{step} {sae.name} {part}")
         self.work.progress.update(ledger.n_done, ledger.n_total or ledger.n_done, "units", note)
 
 
-def _n_units(saes: list[_Scored], inputs: Inputs) -> int:
+def _n_units(saes: list[ScoredSAE], inputs: Inputs) -> int:
     """Count blocks to encode, and for each SAE one range of features (there may be more) and its effects."""
     return len(saes) * (len(block_ranges(inputs.activations.n_rows)) + 2)
 
 
 def estimate(config: ScoreFeaturesConfig, inputs: Inputs) -> Estimate:
     """Return bytes from the SAEs' sizes and sparsity; units are those of the ledger, as far as known before."""
-    saes = _checked_saes(config, inputs)
+    saes = scored_saes(inputs.saes, _checked_source(config, inputs))
     l0 = dict(zip(inputs.saes.names, inputs.saes.evaluation["l0"].to_numpy(float), strict=True))
     n_examples = config.n_top + config.n_quantiles * config.n_per_quantile
     example_bytes = _EXAMPLE_BYTES + _TOKEN_BYTES * (config.context_before + config.context_after + 1)
@@ -169,14 +166,14 @@ def estimate(config: ScoreFeaturesConfig, inputs: Inputs) -> Estimate:
         size += inputs.activations.n_rows * firings_a_row * _FIRING_BYTES
         # Examples lie in parts first and are then joined.
         size += 2 * min(config.n_example_features or sae.d_sae, sae.d_sae) * n_examples * example_bytes
-        size += sae.d_sae * (4 * 2 * config.n_bins * 2 + 20 * 2 * config.n_logits)
+        size += sae.d_sae * (4 * 2 * config.n_bins * 2 + 20 * 2 * config.n_logits + 16 * len(sae.sites.outputs))
     return Estimate(int(size), _n_units(saes, inputs), "blocks")
 
 
 def run(config: ScoreFeaturesConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
-    """Score the features; raises as `_checked_saes` does, before anything is computed."""
-    saes = _checked_saes(config, inputs)
-    job = _Job(config, inputs, saes, work)
+    """Score the features; raises ConfigError before anything is computed if the inputs do not belong together."""
+    source = _checked_source(config, inputs)
+    job = _Job(config, inputs, source, scored_saes(inputs.saes, source, tell=True), work)
     work.ledger.expect(job.n_units)
     _log_unknown(inputs)
     _encode(job)
@@ -185,27 +182,12 @@ def run(config: ScoreFeaturesConfig, inputs: Inputs, work: Workspace) -> dict[st
     return _assemble(job, firsts)
 
 
-def _checked_saes(config: ScoreFeaturesConfig, inputs: Inputs) -> list[_Scored]:
-    """Return the SAEs; raises ConfigError if they, the activations and the prompts do not belong together."""
+def _checked_source(config: ScoreFeaturesConfig, inputs: Inputs) -> RowSource:
+    """Return the rows; raises ConfigError if stores and prompts do not belong together."""
     pick_device(config.device)
-    store = inputs.activations
     if inputs.prompts is not None:
-        check_prompts(store, inputs.prompts)
-    configs = {name: inputs.saes.config_of(name) for name in inputs.saes.names}
-    saes = [
-        _Scored(name, *(entry[key] for key in ("hook", "hook_out", "d_in", "d_sae"))) for name, entry in configs.items()
-    ]
-    for sae in saes:
-        if sae.hook not in store.hooks:
-            raise ConfigError(
-                f"The SAE {sae.name} reads {sae.hook}, which {store.id} does not hold: it has {', '.join(store.hooks)}."
-            )
-        if sae.d_in != store.width(sae.hook):
-            raise ConfigError(
-                f"The SAE {sae.name} reads vectors of width {sae.d_in}; {sae.hook} in {store.id} has "
-                f"{store.width(sae.hook)}."
-            )
-    return saes
+        check_prompts(inputs.activations, inputs.prompts)
+    return inputs.activations if inputs.other is None else JoinedStores(inputs.activations, inputs.other)
 
 
 def _log_unknown(inputs: Inputs) -> None:
@@ -217,24 +199,22 @@ def _log_unknown(inputs: Inputs) -> None:
 
 
 def _encode(job: _Job) -> None:
-    """Step 1: each block of a hook point is read once and encoded by all its SAEs."""
+    """Step 1: each block of the rows of a place is read once and encoded by all its SAEs."""
     device = pick_device(job.config.device)
-    store = job.inputs.activations
-    for hook in job.hooks:
-        is_scored = ~store.massive(hook)
+    for sites, saes in job.by_sites.items():
+        kept = is_scored(job.source, sites)
         loaded: dict[str, SAE] = {}
-        for block, (start, stop) in enumerate(block_ranges(store.n_rows)):
-            todo = [sae for sae in job.of_hook(hook) if not job.is_done("encode", sae, block)]
-            if not todo:
-                continue
-            kept = is_scored[start:stop]
-            values = store.read_rows(hook, start, stop)[kept]
+        for block, (start, stop) in enumerate(block_ranges(job.source.n_rows)):
+            todo = [sae for sae in saes if not job.is_done("encode", sae, block)]
+            found: dict[str, list[Firings]] = {sae.name: [] for sae in todo}
+            for rows, values in read_pieces(job.source, sites, kept, start, stop) if todo else ():
+                for sae in todo:
+                    if sae.name not in loaded:
+                        loaded[sae.name] = job.inputs.saes[sae.name].to(device)
+                    encode = loaded[sae.name].encode_sparse
+                    found[sae.name].append(encode_rows(encode, sae.d_sae, values, rows, device))
             for sae in todo:
-                if sae.name not in loaded:
-                    loaded[sae.name] = job.inputs.saes[sae.name].to(device)
-                encode = loaded[sae.name].encode_sparse
-                firings = encode_rows(encode, sae.d_sae, values, start + np.flatnonzero(kept), device)
-                write_latents(job.latent_path(sae, block), firings)
+                write_latents(job.latent_path(sae, block), joined(found[sae.name]))
                 job.mark("encode", sae, block, f"{sae.name}: {stop:,} rows encoded")
 
 
@@ -244,12 +224,12 @@ def _score(job: _Job) -> dict[str, list[int]]:
     job.work.ledger.expect(job.n_units + sum(len(parts) - 1 for parts in ranges.values()))
     read = job.inputs
     text = text_of_tokens(read.activations, read.prompts, read.model)
-    for hook in job.hooks:
+    for sites, saes in job.by_sites.items():
         tokens: TokenMap | None = None
-        for sae in job.of_hook(hook):
+        for sae in saes:
             for first, last in ranges[sae.name]:
                 if not job.is_done("score", sae, first):
-                    tokens = tokens or token_map(read.activations, read.prompts, hook)
+                    tokens = tokens or token_map(read.activations, read.prompts, is_scored(job.source, sites))
                     firings = read_latents(job.latent_paths(sae), first, last)
                     found = score_range(job.config.scoring, sae.name, sae.d_sae, firings, tokens, text)
                     job.parts.write_range(sae.name, first, *found)
@@ -263,11 +243,13 @@ def _effects(job: _Job) -> None:
     model = norm = None
     for sae in todo:
         effects, text = NO_EFFECTS, str
-        if job.inputs.model is not None and writes_to_residual(sae.hook_out):
+        if job.inputs.model is not None and sae.effects_of:
             model = model or load_source(job.inputs.model, job.config.device)
             norm = norm or fold_norm(model.final_norm, model.info.d_model, model.W_U)
-            directions, text = job.inputs.saes[sae.name].W_dec.data, model.vocabulary.text
-            effects = logit_effects(directions, norm, model.W_U, job.config.n_logits)
+            loaded, text = job.inputs.saes[sae.name], model.vocabulary.text
+            directions = loaded.by_output(loaded.W_dec.data)[sae.effects_of]
+            if directions.shape[1] == model.info.d_model:
+                effects = logit_effects(directions, norm, model.W_U, job.config.n_logits)
         job.parts.write_effects(sae.name, effect_frame(sae.name, effects, text))
         job.mark("effects", sae, 0, f"{sae.name}: logit effects")
 
@@ -276,17 +258,18 @@ def _assemble(job: _Job, firsts: dict[str, list[int]]) -> dict[str, Scalar]:
     """Step 4: the tables, from the parts; short enough to be done again whole after a kill."""
     figures = {sae: job.parts.figures(sae.name, firsts[sae.name]) for sae in job.saes}
     features = pd.concat([feature_frame(sae.name, part.density) for sae, part in figures.items()], ignore_index=True)
-    n_massive = {sae: int(job.inputs.activations.massive(sae.hook).sum()) for sae in job.saes}
-    n_rows = job.inputs.activations.n_rows
+    n_scored = {sites: int(is_scored(job.source, sites).sum()) for sites in job.by_sites}
+    n_rows = job.source.n_rows
     saes = [
-        sae_row(sae.name, sae.hook, part.density, n_rows - n_massive[sae], n_massive[sae])
-        for sae, part in figures.items()
+        sae_row(sae, part.density, n_scored[sae.sites], n_rows - n_scored[sae.sites]) for sae, part in figures.items()
     ]
     histograms = {f"{sae.name}.counts": torch.from_numpy(part.counts) for sae, part in figures.items()}
     histograms |= {f"{sae.name}.edges": torch.from_numpy(part.edges) for sae, part in figures.items()}
+    norms = [decoder_norm_frame(job.inputs.saes[sae.name], job.source) for sae in job.saes]
     job.work.write_table(files.FEATURES_FILE, features)
     job.work.write_table(files.SAES_FILE, pd.DataFrame(saes))
     job.work.write_tensors(files.HISTOGRAMS_FILE, histograms)
+    job.work.write_table(files.NORMS_FILE, pd.concat(norms, ignore_index=True))
     job.work.write_table(files.EFFECTS_FILE, job.parts.effects([sae.name for sae in job.saes]))
     n_examples = job.parts.join_examples(job.work.path(files.EXAMPLES_FILE), firsts)
     density = np.concatenate([part.density.density for part in figures.values()])
@@ -301,4 +284,4 @@ def _assemble(job: _Job, firsts: dict[str, list[int]]) -> dict[str, Scalar]:
     }
 
 
-STAGE = Stage(name="score_features", version=1, config=ScoreFeaturesConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="score_features", version=2, config=ScoreFeaturesConfig, inputs=Inputs, run=run, estimate=estimate)

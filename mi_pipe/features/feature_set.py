@@ -11,12 +11,14 @@ from torch import Tensor
 
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.errors import ArtifactNotFoundError, near_names
+from mi_pipe.features.decoder_norms import no_decoder_norms
 
 FEATURES_FILE = "features.parquet"
 SAES_FILE = "saes.parquet"
 HISTOGRAMS_FILE = "histograms.safetensors"
 EXAMPLES_FILE = "examples.parquet"
 EFFECTS_FILE = "logit_effects.parquet"
+NORMS_FILE = "decoder_norms.parquet"
 LATENTS_FOLDER = "latents"
 
 
@@ -59,6 +61,17 @@ class FeatureSet(Artifact):
     def logit_effects(self, sae: str, feature: int) -> pd.DataFrame:
         """Return the tokens that a feature promotes and suppresses most; empty if its hook point writes no logits."""
         return self._rows_of(EFFECTS_FILE, sae, feature)
+
+    def decoder_norms(self, sae: str) -> pd.DataFrame:
+        """Return how strongly each feature of a crosscoder writes at each hook point; empty for any other SAE.
+
+        One row a feature and hook point: `norm` on raw activations, `scaled_norm` on normalised ones, and `share` of
+        the feature's scaled norms: what tells shared features from those of one layer or model.
+        """
+        name = self._known(sae)
+        if NORMS_FILE not in self.manifest.files:
+            return no_decoder_norms()
+        return pq.read_table(self.file(NORMS_FILE), filters=[("sae", "=", name)]).to_pandas()
 
     def histogram(self, sae: str, feature: int) -> Histogram:
         """Return the histogram of one feature's activations."""

@@ -120,6 +120,8 @@ def starts_of(feature: Int[np.ndarray, " firing"], n_features: int) -> Int64[np.
 
 def joined(parts: Sequence[Firings]) -> Firings:
     """Join the firings of the same features over successive, disjoint row ranges, given in row order."""
+    if len(parts) == 1:
+        return parts[0]
     first, n_features = parts[0].first_feature, parts[0].n_features
     feature = np.concatenate([part.feature for part in parts]) - first
     order = _by_feature(feature, n_features)

@@ -7,7 +7,7 @@ the model's tokenizer, else from the prompts, else from the store's token table.
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.features.contexts import TokenMap
@@ -19,10 +19,10 @@ UNKNOWN = -1
 _TEXT_COLUMNS = ["token_id", "text"]
 
 
-def token_map(store: ActivationStore, prompts: PromptSet | None, hook: str) -> TokenMap:
-    """Return which token each row is, and which tokens stand around it; rows massive at `hook` are not scored."""
+def token_map(store: ActivationStore, prompts: PromptSet | None, is_scored: Bool[np.ndarray, " row"]) -> TokenMap:
+    """Return which token each row is, and which tokens stand around it; `is_scored` says which rows are encoded."""
     token_ids, offsets = row_tokens(store) if prompts is None else (prompts.token_ids, prompts.offsets)
-    return TokenMap.build(token_ids, offsets, store.prompt_idx, store.pos, ~store.massive(hook))
+    return TokenMap.build(token_ids, offsets, store.prompt_idx, store.pos, is_scored)
 
 
 def row_tokens(store: ActivationStore) -> tuple[Int32[np.ndarray, " token"], Int64[np.ndarray, " prompts_and_one"]]:

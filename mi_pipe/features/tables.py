@@ -12,6 +12,7 @@ from mi_pipe.features.contexts import TokenMap, Windows
 from mi_pipe.features.density import Density
 from mi_pipe.features.examples import Examples
 from mi_pipe.features.logit_effects import LogitEffects
+from mi_pipe.features.scored_saes import ScoredSAE
 
 DENSE = 0.1
 """A feature that fires on more than this share of rows is called dense, as SAEBench does."""
@@ -51,12 +52,14 @@ def feature_frame(sae: str, density: Density) -> pd.DataFrame:
     )
 
 
-def sae_row(sae: str, hook: str, density: Density, n_rows: int, n_massive: int) -> dict[str, Scalar]:
+def sae_row(sae: ScoredSAE, density: Density, n_rows: int, n_massive: int) -> dict[str, Scalar]:
     """Return a row of `saes.parquet`, with `n_rows` the rows scored and `n_massive` those left out."""
     live = density.density[density.density > 0]
     return {
-        "sae": sae,
-        "hook": hook,
+        "sae": sae.name,
+        "hook": sae.sites.label,
+        "kind": sae.sites.kind,
+        "effects_of": sae.effects_of,
         "d_sae": len(density.density),
         "n_rows": n_rows,
         "n_massive": n_massive,

@@ -50,6 +50,11 @@ class JoinedStores:
         store, name = self._of(hook)
         return store.array(name)
 
+    def read_rows(self, hook: str, start: int, stop: int) -> Float[np.ndarray, "row width"]:
+        """Return rows `start` to `stop` (exclusive) in float32."""
+        store, name = self._of(hook)
+        return store.read_rows(name, start, stop)
+
     def take(self, hook: str, rows: Int[np.ndarray, " row"]) -> Float[np.ndarray, "row width"]:
         """Return some rows."""
         store, name = self._of(hook)
