@@ -1,15 +1,18 @@
 """The products of a sparse training step; none makes a dense (batch, d_sae) gradient.
 
-Only the encoder's product is dense: 2 * batch * d_in * d_sae operations. Selection reads the
-pre-activations once; decoding and the gradients cost entries * d_in each, where entries = batch * k. Sums
-over entries run through `embedding_bag`, which on CPU is three times as fast as a CSR product; the products
-at single entries run through `sampled_addmm` (or a chunked gather where that does not exist).
+Only the encoder's product is dense: 2 * batch * d_in * d_sae operations. Decoding and the gradients cost
+entries * d_in each, where entries = batch * k. On the CPU, sums over entries run through `embedding_bag`, which is
+three times as fast as a CSR product; the products at single entries run through `sampled_addmm` (or a chunked gather
+where that does not exist). On a GPU both are Triton kernels where triton is installed, and else the same as here.
 
 Extra memory beyond the pre-activations: a few arrays of `entries` numbers, and (batch, d_in) twice.
 """
 
 import functools
+import importlib
+import importlib.util
 import warnings
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -23,11 +26,24 @@ from mi_pipe.saes.code import FeatureOrder, SparseCode
 Precision = Literal["float32", "bfloat16"]
 
 _GATHER_ENTRIES = 1 << 15
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pick_precision(device: torch.device) -> Precision:
     """Return bfloat16 where the device has instructions for its products, else float32."""
     return "bfloat16" if multiplies_bfloat16(device) else "float32"
+
+
+def gpu_kernels(table: Tensor) -> ModuleType | None:
+    """Return `triton_kernels` where they can work on a tensor: on a GPU, in float32 or narrower, with triton."""
+    return _triton_kernels() if table.device.type == "cuda" and table.dtype in _GPU_DTYPES else None
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("mi_pipe.saes.triton_kernels")
 
 
 def pre_activations(
@@ -46,6 +62,8 @@ def pre_activations(
 
 def decode(code: SparseCode, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:  # noqa: N803
     """Return Σ_j z_j W_dec,j for each row, without bias."""
+    if gpu := gpu_kernels(W_dec):
+        return gpu.weighted_sums(code.row_starts, code.features, code.values, W_dec)
     return functional.embedding_bag(
         code.features,
         W_dec,
@@ -60,6 +78,8 @@ def sum_by_feature(
     order: FeatureOrder, weights: Float[Tensor, " entry"], rows: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, "d_sae d_in"]:
     """Return for each feature the sum over its entries of the entry's weight times the entry's row."""
+    if gpu := gpu_kernels(rows):
+        return gpu.weighted_sums(order.feature_starts, order.rows, weights[order.order], rows)
     return functional.embedding_bag(
         order.rows,
         rows,
@@ -74,6 +94,8 @@ def products_at(
     code: SparseCode, rows: Float[Tensor, "batch d_in"], features: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, " entry"]:
     """Return rows[b] · features[j] at each entry (b, j) of the code."""
+    if gpu := gpu_kernels(rows):
+        return gpu.entry_products(rows, features, code.entry_rows(), code.features)
     if rows.device.type == "cuda" or (rows.device.type == "cpu" and torch.backends.mkl.is_available()):
         _hush_beta_warning()
         pattern = torch.sparse_csr_tensor(

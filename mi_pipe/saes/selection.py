@@ -1,6 +1,6 @@
 """Selection of the largest pre-activations, exact: of each row, and of a whole batch that comes in chunks of rows.
 
-On the CPU both begin with a bound that is surely not above what is sought, so that all but a few values are looked at
+Both begin with a bound that is surely not above what is sought, so that all but a few values are looked at
 once, by a maximum or a comparison:
 
 - Rows: fold each row into n_columns / fold maxima of `fold` columns each. The k largest values lie in the k folds with
@@ -8,8 +8,8 @@ once, by a maximum or a comparison:
 - Batch: a sample of the chunk gives a bound that somewhat more values exceed than are sought; chunks that come later
   need only beat the smallest value that is kept so far.
 
-numpy finds the k-th largest value and the positions of true entries several times as fast as torch does on the CPU
-(bench.sae_train has the numbers); neither torch nor numpy decides which of several equal values is taken: the first is.
+On the CPU, numpy finds the k-th largest value and the positions of true entries several times as fast as torch does;
+of several equal values the first is taken there.
 """
 
 import numpy as np
@@ -23,6 +23,7 @@ _LARGEST_FOLD = 64
 _GATHER_COST = 2
 """Looking at a value again costs about as much as finding the k-th largest among so many more maxima."""
 _SAMPLE_STRIDE = 61
+_NUMPY_DTYPES = (torch.float32, torch.float64)
 
 
 def top_k_rows(pre: Float[Tensor, "batch d_sae"], k: int) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
@@ -31,9 +32,6 @@ def top_k_rows(pre: Float[Tensor, "batch d_sae"], k: int) -> tuple[Float[Tensor,
     Exact; of equal values at the edge, which ones are taken is decided by their columns alone. Raises RuntimeError if
     a row has fewer than k columns.
     """
-    if pre.device.type != "cpu" or pre.dtype not in (torch.float32, torch.float64) or k > pre.shape[1]:
-        columns = pre.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-        return pre.gather(1, columns), columns
     fold = _fold(pre.shape[1], k)
     values = pre.detach()
     columns = _largest(values, k) if fold == 1 else _largest_by_folds(values, k, fold)
@@ -63,8 +61,10 @@ def _largest_by_folds(pre: Float[Tensor, "batch column"], k: int, fold: int) -> 
 
 
 def _largest(values: Float[Tensor, "batch column"], k: int) -> Int[Tensor, "batch k"]:
-    """Return the columns of the k largest values of each row, ascending; the first of equal values at the edge."""
+    """Return the columns of the k largest values of each row, ascending; on the CPU the first of equals at the edge."""
     n_rows, n_columns = values.shape
+    if values.device.type != "cpu" or values.dtype not in _NUMPY_DTYPES or k > n_columns:
+        return values.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
     edge = _kth_largest(values, k)
     is_kept = values >= edge
     positions = true_positions(is_kept)
@@ -78,6 +78,8 @@ def _largest(values: Float[Tensor, "batch column"], k: int) -> Int[Tensor, "batc
 
 
 def _kth_largest(values: Float[Tensor, "batch column"], k: int) -> Float[Tensor, "batch 1"]:
+    if values.device.type != "cpu":
+        return values.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     place = values.shape[1] - k
     return torch.from_numpy(np.partition(values.numpy(), place, axis=1)[:, place, None])
 
