@@ -8,8 +8,8 @@ block of columns, a few entries at a time, in float32 and in a fixed order, so t
 takes a block of entries and runs along the columns. Neither writes anything of the size batch * d_sae.
 
 Tested are the numbers in Triton's interpreter on a CPU, and that they compile for sm_90
-(tests/saes/test_triton_kernels.py). They have not been run or timed on a GPU; block sizes are estimates. A feature that fires in most rows of a batch is summed by one
-program and may hold up the others.
+(tests/saes/test_triton_kernels.py). They have not been run or timed on a GPU; block sizes are estimates. A feature that
+fires in most rows of a batch is summed by one program and may hold up the others.
 
 The idea of such kernels: Gao et al., "Scaling and evaluating sparse autoencoders", 2024, appendix D.
 """
