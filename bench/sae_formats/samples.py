@@ -49,6 +49,7 @@ def every_sae(d_in: int, d_sae: int, k: int, d_out: int | None = None, rows: int
         maker.sae("p_anneal", at_zero),
         maker.sae("gated", gated),
         maker.sae("gated.free_rows", gated, unit_rows=False),
+        maker.sae("gated.reads_x", gated, subtract_b_dec=False),
         maker.transcoder("topk.transcoder", topk, d_in),
         maker.transcoder("topk.skip_transcoder", topk, d_in, skip=True),
         maker.transcoder("standard.transcoder", at_zero),

@@ -1,1 +1,1 @@
-"""Activations in and out of other programs' formats: HDF5, SAELens' cached activations, safetensors, NumPy."""
+"""Activations and SAEs in and out of other programs' formats: HDF5, SAELens, sparsify, safetensors, NumPy, more."""

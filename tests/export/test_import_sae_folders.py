@@ -81,6 +81,17 @@ def test_rows_are_made_unit_where_selection_goes_by_decoder_norm():
     torch.testing.assert_close(torch.linalg.vector_norm(sae.W_dec, dim=1), torch.ones(16))
 
 
+def test_a_feature_whose_decoder_row_is_0_stays_silent(tmp_path):
+    folder = copied("saelens/topk_by_norm", tmp_path)
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["W_dec"][5] = 0
+    save_file(tensors, folder / "sae_weights.safetensors")
+    sae = read_sae_folder(folder).sae
+    z = sae.encode(torch.randn(200, 6, generator=torch.Generator().manual_seed(0)))
+    assert bool(torch.isfinite(sae.decode(z)).all())
+    assert float(z[:, 5].abs().max()) == 0.0
+
+
 def test_our_own_exports_come_back_as_they_were(tmp_path):
     saes = publish_saes(Store(tmp_path / "store"), every_sae(12, 40, 4))
     for peer in ("saelens", "sparsify"):

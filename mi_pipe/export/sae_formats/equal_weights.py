@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mi_pipe.saes.inference import InferenceRule
 from mi_pipe.saes.sae import SAE
+
+_TINY = torch.finfo(torch.float64).tiny
 
 
 def with_subtraction(sae: SAE, subtract_b_dec: bool) -> SAE:
@@ -26,27 +27,16 @@ def with_subtraction(sae: SAE, subtract_b_dec: bool) -> SAE:
     if rule.kind == "gated":
         magnitude = {name: value.double() for name, value in rule.tensors().items()}
         rule = replace(rule, b_mag=_rounded(magnitude["b_mag"] + magnitude["r_mag"].exp() * shift, sae))
-    return remade(sae, b_enc=_rounded(sae.b_enc.double() + shift, sae), rule=rule, subtract_b_dec=subtract_b_dec)
-
-
-def remade(
-    sae: SAE,
-    *,
-    b_enc: Tensor | None = None,
-    rule: InferenceRule | None = None,
-    subtract_b_dec: bool | None = None,
-) -> SAE:
-    """Return an SAE with some parts of its own replaced; tensors that stay are shared."""
     return SAE(
         sae.W_enc.data,
-        sae.b_enc.data if b_enc is None else b_enc,
+        _rounded(sae.b_enc.double() + shift, sae),
         sae.W_dec.data,
         sae.b_dec.data,
-        rule=rule or sae.rule,
+        rule=rule,
         architecture=sae.architecture,
         name=sae.name,
         W_skip=None if sae.W_skip is None else sae.W_skip.data,
-        subtract_b_dec=sae.subtract_b_dec if subtract_b_dec is None else subtract_b_dec,
+        subtract_b_dec=subtract_b_dec,
         sites=sae.sites,
         model=sae.model,
     )
@@ -60,9 +50,6 @@ def unit_decoder_rows(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> tuple[Tens
     norms = torch.linalg.vector_norm(W_dec.double(), dim=1)
     made = W_enc.double() * norms, b_enc.double() * norms, W_dec.double() / norms.clamp_min(_TINY)[:, None]
     return made[0].to(W_enc.dtype), made[1].to(b_enc.dtype), made[2].to(W_dec.dtype)
-
-
-_TINY = torch.finfo(torch.float64).tiny
 
 
 def _rounded(value: Tensor, sae: SAE) -> Tensor:

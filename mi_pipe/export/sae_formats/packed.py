@@ -20,7 +20,6 @@ from mi_pipe.saes.sites import Sites
 
 PROBE_FILE = "probe.safetensors"
 _PICKLED = ".pt"
-_ONE = 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Form:
     @property
     def is_single(self) -> bool:
         """Whether it reads one hook point and writes one."""
-        return len(self.sites.inputs) == len(self.sites.outputs) == _ONE
+        return len(self.sites.inputs) == len(self.sites.outputs) == 1
 
     @property
     def kind(self) -> str:
