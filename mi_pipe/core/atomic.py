@@ -23,10 +23,18 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, durably: a file in it would be lost with its folder's name."""
+    missing = [item for item in (folder, *folder.parents) if not item.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        fsync_folder(made.parent)
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Generator[Path]:
     """Yield a temporary path; when the block ends without error its file is moved to `path` durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temp = _temporary(path)
     try:
         yield temp
@@ -49,7 +57,7 @@ def create_bytes(path: Path, data: bytes | bytearray | memoryview) -> bool:
 
     A hard link, unlike a rename, never replaces: of several writers at once one is told that it was first.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temp = _temporary(path)
     try:
         with temp.open("wb") as file:

@@ -56,8 +56,8 @@ class Workspace:
         self.folder = folder
         self.scratch = scratch
         self.progress = progress or Progress()
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(folder)
+        atomic.make_folder(scratch)
         atomic.sweep_temporary(folder)
         atomic.sweep_temporary(scratch)
         self.ledger = Ledger(scratch / "ledger.jsonl")
@@ -74,7 +74,7 @@ class Workspace:
     def path(self, name: str) -> Path:
         """Return the final path of a file, its folder made; write it with `core.atomic` or a method below."""
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(path.parent)
         return path
 
     def write_table(self, name: str, frame: "pd.DataFrame") -> None:
