@@ -5,15 +5,15 @@ The stage asks the same questions when its turn comes, which may be hours later.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 from mi_pipe.activations.store import ActivationStore
-from mi_pipe.activations.training.source import OTHER, RowSource
+from mi_pipe.activations.training.source import OTHER, widths_of
 from mi_pipe.core.errors import ConfigError
 from mi_pipe.models.hook_points import HookMap
 from mi_pipe.saes.config import TrainSAEsConfig
+from mi_pipe.saes.planning import plan_sweep, start_of
 from mi_pipe.saes.sae_set import SAESet
-from stages.train_saes import Inputs, plan_sweep, start_of
+from stages.train_saes import Inputs
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def check_sweep(asked: TrainSAEsConfig, reads: Reads, hooks: HookMap | None) -> 
     """
     assert reads.activations is not None, "asked only if they exist"
     inputs = Inputs(None, None, reads.activations, reads.other, reads.start)
-    specs = plan_sweep(asked, inputs.source())
-    start_of(asked, inputs, specs)
+    specs = plan_sweep(asked, widths_of(inputs.source()), inputs.activations.id)
+    start_of(asked, inputs.start, inputs.activations.digest, specs)
     for hook in dict.fromkeys(hook for spec in specs for hook in spec.sites.hooks):
         if hooks is None or hook.startswith(OTHER):
             continue
@@ -53,18 +53,4 @@ def check_planned_sweep(asked: TrainSAEsConfig, harvested: Mapping[str, int], ot
     widths = dict(harvested)
     if other is not None:
         widths |= {OTHER + hook: other.width(hook) for hook in other.hooks}
-    # The sweep's plan asks a source for nothing but names and widths.
-    plan_sweep(asked, cast("RowSource", _Planned(widths)))
-
-
-@dataclass(frozen=True)
-class _Planned:
-    widths: Mapping[str, int]
-    id: str = "harvest.hooks"
-
-    @property
-    def hooks(self) -> list[str]:
-        return list(self.widths)
-
-    def width(self, hook: str) -> int:
-        return self.widths[hook]
+    plan_sweep(asked, widths, "harvest.hooks")

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,8 +23,7 @@ from safetensors.torch import load_file
 from mi_pipe.activations.prompt_agreement import check_prompts
 from mi_pipe.activations.provenance import model_id
 from mi_pipe.activations.store import ActivationStore
-from mi_pipe.activations.training.source import JoinedStores, RowSource
-from mi_pipe.core.errors import ConfigError, HookPointError, near_names
+from mi_pipe.activations.training.source import JoinedStores, RowSource, widths_of
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
@@ -34,6 +33,7 @@ from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.saes.config import TrainSAEsConfig
 from mi_pipe.saes.grouping import largest_group_bytes, memory_groups, training_bytes, weight_bytes
 from mi_pipe.saes.held_out import IN_MODEL_COLUMNS, HeldOut, InModel
+from mi_pipe.saes.planning import plan_sweep, start_of
 from mi_pipe.saes.sae_set import (
     CONFIG_FILE,
     DENSITIES_FILE,
@@ -45,11 +45,11 @@ from mi_pipe.saes.sae_set import (
     WEIGHTS_FILE,
     SAESet,
 )
-from mi_pipe.saes.site_training import Rows, SiteTraining, Start, finite
-from mi_pipe.saes.sites import Sites
+from mi_pipe.saes.site_training import SiteTraining
 from mi_pipe.saes.storage import read_sae
-from mi_pipe.saes.sweep import SAESpec, grid
+from mi_pipe.saes.sweep import SAESpec
 from mi_pipe.saes.training import CURVE_COLUMNS
+from mi_pipe.saes.training_rows import Rows, finite
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ class Inputs:
 
 def estimate(config: TrainSAEsConfig, inputs: Inputs) -> Estimate:
     """Return the bytes of all weights and states and of two checkpoints of the largest group (both exist at times)."""
-    specs = plan_sweep(config, inputs.source())
-    start_of(config, inputs, specs)
+    specs = plan_sweep(config, widths_of(inputs.source()), inputs.activations.id)
+    start_of(config, inputs.start, inputs.activations.digest, specs)
     kept = sum(weight_bytes(spec) + config.keep_state * training_bytes(spec) for spec in specs)
     size = kept + 2 * largest_group_bytes(specs)
     n_sites = len({spec.sites for spec in specs})
@@ -94,66 +94,10 @@ def estimate(config: TrainSAEsConfig, inputs: Inputs) -> Estimate:
     return Estimate(size, config.n_steps * n_sites, "steps", (note,))
 
 
-def plan_sweep(config: TrainSAEsConfig, store: RowSource) -> list[SAESpec]:
-    """Return the SAEs to train, site by site; raises HookPointError for hook points that the store does not hold."""
-    widths = {hook: store.width(hook) for hook in store.hooks}
-    lr = config.optimisation.lr
-    return grid(
-        sites_of(config, widths, store.id),
-        _listed(config.architecture),
-        _listed(config.k),
-        _listed(config.d_sae),
-        config.seeds,
-        lr if isinstance(lr, list) and len(lr) > 1 else [None],
-        _listed(config.sparsity.coefficient),
-    )
-
-
-def sites_of(config: TrainSAEsConfig, widths: Mapping[str, int], where: str) -> list[Sites]:
-    """Return what `hooks` names, given the width of each hook point; raises HookPointError for unknown ones."""
-
-    def width(hook: str) -> int:
-        if hook not in widths:
-            near = near_names(hook, list(widths))
-            raise HookPointError(
-                f"saes.hooks: {where} holds no activations of {hook!r}.{near} It holds {', '.join(widths)}."
-            )
-        return widths[hook]
-
-    return [Sites.parse(text, width) for text in config.hooks or widths]
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-def start_of(config: TrainSAEsConfig, inputs: Inputs, specs: list[SAESpec]) -> Start | None:
-    """Return where to go on; raises ConfigError if that training is not of the same SAEs with fewer tokens."""
-    before = inputs.start
-    if before is None:
-        return None
-    for spec in specs:
-        if spec.name not in before.names:
-            known = ", ".join(before.names)
-            raise ConfigError(f"saes.start_from: {before.id} has no {spec.name}, only {known}. Give the same options.")
-        before.state_of(spec.name)
-    old = TrainSAEsConfig.model_validate(before.manifest.config)
-    was = (old.batch_rows, old.data, before.inputs["activations"].digest)
-    if was != (config.batch_rows, config.data, inputs.activations.digest) or old.n_steps >= config.n_steps:
-        raise ConfigError(
-            f"saes.start_from: {before.id} has {old.n_steps:,} steps of {old.batch_rows:,} rows; a training that goes "
-            f"on has the same activations, batch_rows and data, and more tokens (here {config.n_steps:,} steps)."
-        )
-    return Start(old.n_steps, before.state_of)
-
-
 def run(config: TrainSAEsConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
     """Train, save and evaluate the sweep; return the range of the main figures over the SAEs."""
-    source = inputs.source()
-    specs = plan_sweep(config, source)
-    start_of(config, inputs, specs)
+    specs = plan_sweep(config, widths_of(inputs.source()), inputs.activations.id)
+    start_of(config, inputs.start, inputs.activations.digest, specs)
     held_out = _held_out(config, inputs)
     share = Share(config, inputs, work.folder, work.scratch)
     devices = config.devices
@@ -190,7 +134,7 @@ class Share:
     def training(self, specs: list[SAESpec]) -> SiteTraining:
         """Return the training of SAEs of the same sites."""
         inputs = self.inputs
-        start = start_of(self.config, inputs, specs)
+        start = start_of(self.config, inputs.start, inputs.activations.digest, specs)
         model = inputs.model.id if inputs.model is not None else model_id(inputs.activations) or ""
         return SiteTraining(self.config, inputs.source(), specs, self.folder, self.scratch, start, model)
 

@@ -6,10 +6,7 @@ with histograms of feature densities, and seconds (which differ from run to run 
 
 import json
 import logging
-import math
-import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,50 +23,26 @@ from mi_pipe.models.device import pick_device
 from mi_pipe.saes.building import build_trainer
 from mi_pipe.saes.checkpoint import Checkpoint, drop_checkpoint, load_checkpoint, save_checkpoint
 from mi_pipe.saes.config import TrainSAEsConfig
-from mi_pipe.saes.evaluation import RowEvaluation
 from mi_pipe.saes.held_out import HeldOut
 from mi_pipe.saes.kernels import Precision, pick_precision
 from mi_pipe.saes.normalisation import Normaliser
+from mi_pipe.saes.planning import Start
 from mi_pipe.saes.sae import SAE
 from mi_pipe.saes.sae_set import CONFIG_FILE, STATE_FOLDER, WEIGHTS_FILE
 from mi_pipe.saes.step import Scratch
 from mi_pipe.saes.storage import make_probe, sae_config, sae_tensors
 from mi_pipe.saes.sweep import SAESpec
 from mi_pipe.saes.training import TrainingGroup
+from mi_pipe.saes.training_clock import TrainingClock
+from mi_pipe.saes.training_rows import Rows, density_histogram, finite, log_line
 
 logger = logging.getLogger(__name__)
 
 _PROBE_ROWS = 16
-_LOG_S = 60.0
-_DENSITY_EDGES = [-5.0 + 0.25 * i for i in range(21)]
-"""log10 of the share of rows on which a feature fires."""
 
 
 def _nothing(_told: object) -> None:
     """Hear of nothing."""
-
-
-@dataclass
-class Rows:
-    """What is written of a training beside its weights."""
-
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    held_out: list[dict[str, Any]] = field(default_factory=list)
-    densities: list[dict[str, Any]] = field(default_factory=list)
-    timing: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, other: "Rows") -> None:
-        """Add another's rows."""
-        for name, rows in vars(other).items():
-            getattr(self, name).extend(rows)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a training begins that goes on from a finished one: steps done, and each SAE's state by name."""
-
-    step: int
-    state_of: Callable[[str], dict[str, torch.Tensor]]
 
 
 class SiteTraining:
@@ -156,7 +129,7 @@ class SiteTraining:
     ) -> Rows:
         first, rows = self._resume(group)
         n_steps, moments = self.config.n_steps, self._evaluation_steps()
-        clock = _Clock()
+        clock = TrainingClock()
         batches = self._batches(first)
         with Held() as held:
             for step in range(first, n_steps):
@@ -168,7 +141,7 @@ class SiteTraining:
                     rows.timing += [clock.row(step + 1, new[0]["tokens"], len(group.trainers), self.sites.label)]
                     on_rows(new)
                     if clock.is_log_due():
-                        logger.info(_line(self.sites.short, new, rows.timing[-1], n_steps))
+                        logger.info(log_line(self.sites.short, new, rows.timing[-1], n_steps))
                 if step + 1 in moments:
                     self._look(group, held_out, step + 1, rows)
                 due = clock.seconds_since_saved >= self.config.checkpoint_s or held.asked
@@ -213,7 +186,7 @@ class SiteTraining:
             figures = {**vars(found.figures), **held_out.evaluate_in_model(sae, asked.interval_prompts)}
             tokens = step * self.config.batch_rows
             rows.held_out.append({"sae": name, "step": step, "tokens": tokens, **finite(figures)})
-            rows.densities += _histogram(name, step, found)
+            rows.densities += density_histogram(name, step, found)
 
     def _save(self, name: str, sae: SAE, group: TrainingGroup, held_out: HeldOut, precision: Precision) -> None:
         spec = next(spec for spec in self.specs if spec.name == name)
@@ -232,65 +205,3 @@ class SiteTraining:
     def _write_tensors(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         with atomic.atomic_path(path) as temp:
             save_file({key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}, temp)
-
-
-def _line(label: str, new: list[dict[str, Any]], timing: dict[str, Any], n_steps: int) -> str:
-    """Return where a training is, for the log."""
-    figures = ", ".join(f"{row['fvu']:.3f} at L0 {row['l0']:.1f}" for row in new)
-    step, speed, waiting = timing["step"], timing["tokens_per_s"], timing["waiting_share"]
-    return f"{label}: step {step:,} of {n_steps:,}, {speed:,.0f} tokens/s, waiting {waiting:.1%}, FVU {figures}"
-
-
-def _histogram(name: str, step: int, found: RowEvaluation) -> list[dict[str, Any]]:
-    """Return how many features have which density: lower edges of bins of log10; none for features that never fire."""
-    density = found.n_fired.double().cpu() / found.figures.n_rows
-    logs = density[density > 0].log10().clamp_min(_DENSITY_EDGES[0])
-    counts = torch.histc(logs, bins=len(_DENSITY_EDGES) - 1, min=_DENSITY_EDGES[0], max=_DENSITY_EDGES[-1])
-    silent = {"sae": name, "step": step, "log10_density": None, "n_features": int((density == 0).sum())}
-    bins = zip(_DENSITY_EDGES, counts.tolist(), strict=False)
-    return [silent, *({"sae": name, "step": step, "log10_density": edge, "n_features": int(n)} for edge, n in bins)]
-
-
-def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row without what is not a finite number: JSON has none, and tables show it as missing."""
-    return {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
-
-
-class _Clock:
-    """Seconds of training, and those of them that were spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._waited = 0.0
-        self._since = self._saved_at = self._logged_at = time.monotonic()
-        self._tokens = 0
-
-    def timed(self, batches: Generator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        started = time.monotonic()
-        batch = next(batches)
-        self._waited += time.monotonic() - started
-        self._tokens += len(next(iter(batch.values())))
-        return batch
-
-    def row(self, step: int, tokens: int, n_saes: int, label: str) -> dict[str, Any]:
-        """Return speed and share of waiting since the last row."""
-        now = time.monotonic()
-        seconds, waited, n_tokens = now - self._since, self._waited, self._tokens
-        self._since, self._waited, self._tokens = now, 0.0, 0
-        return {
-            **{"site": label, "step": step, "tokens": tokens, "n_saes": n_saes, "seconds": seconds},
-            **{"tokens_per_s": n_tokens / seconds, "waiting_share": waited / seconds},
-        }
-
-    def is_log_due(self) -> bool:
-        """Say whether it is time for a line in the log, once a minute."""
-        is_due = time.monotonic() - self._logged_at >= _LOG_S
-        if is_due:
-            self._logged_at = time.monotonic()
-        return is_due
-
-    @property
-    def seconds_since_saved(self) -> float:
-        return time.monotonic() - self._saved_at
-
-    def saved(self) -> None:
-        self._saved_at = time.monotonic()

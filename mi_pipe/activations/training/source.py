@@ -73,3 +73,8 @@ class JoinedStores:
 
 RowSource = ActivationStore | JoinedStores
 """What training and evaluation read."""
+
+
+def widths_of(source: RowSource) -> dict[str, int]:
+    """Return the width of each hook point."""
+    return {hook: source.width(hook) for hook in source.hooks}

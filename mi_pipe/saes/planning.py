@@ -1,0 +1,77 @@
+"""From a config and what is there to what is trained: the SAEs of a sweep, and where a continued training begins."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mi_pipe.core.errors import ConfigError, HookPointError, near_names
+from mi_pipe.saes.config import TrainSAEsConfig
+from mi_pipe.saes.sae_set import SAESet
+from mi_pipe.saes.sites import Sites
+from mi_pipe.saes.sweep import SAESpec, grid
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins that goes on from a finished one: steps done, and each SAE's state by name."""
+
+    step: int
+    state_of: Callable[[str], dict[str, Tensor]]
+
+
+def plan_sweep(config: TrainSAEsConfig, widths: Mapping[str, int], where: str) -> list[SAESpec]:
+    """Return the SAEs to train, site by site, given the width of each hook point that `where` (an id) holds.
+
+    Raises HookPointError for hook points that it does not hold.
+    """
+    lr = config.optimisation.lr
+    return grid(
+        _sites(config, widths, where),
+        _listed(config.architecture),
+        _listed(config.k),
+        _listed(config.d_sae),
+        config.seeds,
+        lr if isinstance(lr, list) and len(lr) > 1 else [None],
+        _listed(config.sparsity.coefficient),
+    )
+
+
+def _sites(config: TrainSAEsConfig, widths: Mapping[str, int], where: str) -> list[Sites]:
+    def width(hook: str) -> int:
+        if hook not in widths:
+            near = near_names(hook, list(widths))
+            raise HookPointError(
+                f"saes.hooks: {where} holds no activations of {hook!r}.{near} It holds {', '.join(widths)}."
+            )
+        return widths[hook]
+
+    return [Sites.parse(text, width) for text in config.hooks or widths]
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def start_of(
+    config: TrainSAEsConfig, before: SAESet | None, activations_digest: str, specs: list[SAESpec]
+) -> Start | None:
+    """Return where to go on; raises ConfigError if that training is not of the same SAEs with fewer tokens."""
+    if before is None:
+        return None
+    for spec in specs:
+        if spec.name not in before.names:
+            known = ", ".join(before.names)
+            raise ConfigError(f"saes.start_from: {before.id} has no {spec.name}, only {known}. Give the same options.")
+        before.state_of(spec.name)
+    old = TrainSAEsConfig.model_validate(before.manifest.config)
+    was = (old.batch_rows, old.data, before.inputs["activations"].digest)
+    if was != (config.batch_rows, config.data, activations_digest) or old.n_steps >= config.n_steps:
+        raise ConfigError(
+            f"saes.start_from: {before.id} has {old.n_steps:,} steps of {old.batch_rows:,} rows; a training that goes "
+            f"on has the same activations, batch_rows and data, and more tokens (here {config.n_steps:,} steps)."
+        )
+    return Start(old.n_steps, before.state_of)
