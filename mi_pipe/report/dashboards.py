@@ -125,8 +125,12 @@ def chunk(
     effects: Effects,
     counts: Int[np.ndarray, "feature bin"],
     edges: Float[np.ndarray, "feature edge"],
+    norms: Mapping[int, list[list[Any]]],
 ) -> Mapping[str, Any]:
-    """Return the dashboards of some features; tokens are written once and referred to by number."""
+    """Return the dashboards of some features; tokens are written once and referred to by number.
+
+    `norms` are what a crosscoder's features write at each hook point, empty for other SAEs.
+    """
     texts: dict[str, int] = {}
     dashboards = {
         int(feature): {
@@ -134,6 +138,7 @@ def chunk(
             "effects": effects.of(int(feature)),
             "counts": counts[feature].tolist(),
             "edges": rounded(edges[feature], DIGITS),
+            "norms": norms.get(int(feature), []),
         }
         for feature in features
     }

@@ -2,16 +2,19 @@
 
 Dashboards lie in chunks of `CHUNK` features, one data script a chunk, so that thousands of features cost the
 reader only what is looked at. Which features get one: evenly over the ranks of density, so that the rare and the
-frequent are both there.
+frequent are both there. Of crosscoders it shows too how strongly a feature writes at each hook point.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from mi_pipe.core.artifact import Artifact
+from mi_pipe.report.crosscoders import DecoderNorms, counts_table, read_norms, share_figures
 from mi_pipe.report.dashboards import DIGITS, Effects, Examples, chunk, read_effects, read_examples
 from mi_pipe.report.figures import Figure, histogram
 from mi_pipe.report.html import rounded, slug
@@ -20,31 +23,58 @@ from mi_pipe.report.page import Page
 
 CHUNK = 50
 _N_SEARCHED = 6
-_Sae = tuple[Artifact, str, pd.DataFrame]
-"""The artifact, the SAE's name, and its rows of `features.parquet`."""
+
+
+@dataclass(frozen=True)
+class _Sae:
+    """One SAE: its artifact, its name there and on the page, and what is read of it."""
+
+    artifact: Artifact
+    name: str
+    title: str
+    rows: pd.DataFrame
+    """Its part of `features.parquet`."""
+    norms: DecoderNorms | None
+
+    @property
+    def key(self) -> str:
+        return f"features/{slug(self.artifact.id)}/{slug(self.name)}"
+
+    @property
+    def is_live(self) -> Bool[np.ndarray, " feature"]:
+        return ~self.rows["is_dead"].to_numpy(bool)
+
+    def listing(self) -> dict[str, Any]:
+        """Return what the page's script needs to begin with."""
+        return {
+            "name": self.title,
+            "key": self.key,
+            "n_features": len(self.rows),
+            "n_dead": int((~self.is_live).sum()),
+            "chunk": CHUNK,
+            "hooks": self.norms.hooks if self.norms else [],
+        }
 
 
 def page(sets: Sequence[Artifact], n_features: int) -> Page:
     """Make the browser of the features of all SAEs in `sets`, with at most `n_features` dashboards an SAE."""
     saes = [
-        (artifact, str(name), rows.reset_index(drop=True))
+        _Sae(artifact, str(name), sae_title(artifact, str(name), len(sets)), rows.reset_index(drop=True), norms)
         for artifact in sets
         for name, rows in artifact.read_table("features.parquet").groupby("sae", sort=False, observed=True)
+        for norms in [read_norms(artifact, str(name))]
     ]
-    tables = [
-        {
-            "name": sae_title(artifact, name, len(sets)),
-            "key": _key(artifact, name),
-            "n_features": len(rows),
-            "n_dead": int(rows["is_dead"].to_numpy(bool).sum()),
-            "chunk": CHUNK,
-        }
-        for artifact, name, rows in saes
-    ]
-    titled = {sae_title(artifact, name, len(sets)): rows for artifact, name, rows in saes}
-    figures = [] if not saes else [_densities(titled), _maxima(titled)]
+    norms = {sae.title: sae.norms for sae in saes if sae.norms}
+    live = {sae.title: sae.is_live for sae in saes}
+    titled = {sae.title: sae.rows for sae in saes}
+    figures = [] if not saes else [_densities(titled), _maxima(titled), *share_figures(norms, live)]
     return Page(
-        context={"saes": tables, "n_dashboards": n_features, "figures": [figure.name for figure in figures]},
+        context={
+            "saes": [sae.listing() for sae in saes],
+            "n_dashboards": n_features,
+            "figures": [figure.name for figure in figures],
+            "shares": counts_table(norms, live),
+        },
         figures=figures,
         tables={f"features-{slug(title)}": rows for title, rows in titled.items()},
         scripts=_scripts(saes, n_features),
@@ -61,26 +91,27 @@ def chosen(rows: pd.DataFrame, n_features: int) -> np.ndarray:
     return np.sort(alive)
 
 
-def _key(artifact: Artifact, sae: str) -> str:
-    return f"features/{slug(artifact.id)}/{slug(sae)}"
-
-
 def _scripts(saes: Sequence[_Sae], n_features: int) -> Iterator[tuple[str, Any]]:
     """Yield for each SAE its list and then its chunks, one SAE's tables in memory at a time."""
-    for artifact, name, rows in saes:
-        numbers = chosen(rows, n_features)
-        examples = read_examples(artifact.file("examples.parquet"), name, numbers)
-        effects = read_effects(artifact.file("logit_effects.parquet"), name, numbers)
-        bins = artifact.read_tensors("histograms.safetensors")
-        counts, edges = (bins[f"{name}.{part}"].numpy() for part in ("counts", "edges"))
-        key = _key(artifact, name)
-        yield f"{key}/index", _index(rows, numbers, examples, effects)
+    for sae in saes:
+        numbers = chosen(sae.rows, n_features)
+        examples = read_examples(sae.artifact.file("examples.parquet"), sae.name, numbers)
+        effects = read_effects(sae.artifact.file("logit_effects.parquet"), sae.name, numbers)
+        bins = sae.artifact.read_tensors("histograms.safetensors")
+        counts, edges = (bins[f"{sae.name}.{part}"].numpy() for part in ("counts", "edges"))
+        yield f"{sae.key}/index", _index(sae, numbers, examples, effects)
         for i in range(0, len(numbers), CHUNK):
-            yield f"{key}/{i // CHUNK}", chunk(numbers[i : i + CHUNK], examples, effects, counts, edges)
+            part = numbers[i : i + CHUNK]
+            norms = sae.norms.of(part) if sae.norms else {}
+            yield f"{sae.key}/{i // CHUNK}", chunk(part, examples, effects, counts, edges, norms)
 
 
-def _index(rows: pd.DataFrame, numbers: np.ndarray, examples: Examples, effects: Effects) -> dict[str, Any]:
-    """Return the list of features as columns; `place` is a dashboard's number in the chunks, or -1."""
+def _index(sae: _Sae, numbers: np.ndarray, examples: Examples, effects: Effects) -> dict[str, Any]:
+    """Return the list of features as columns; `place` is a dashboard's number in the chunks, or -1.
+
+    Of crosscoders, `share` is that of the last hook point.
+    """
+    rows = sae.rows
     place = {int(feature): i for i, feature in enumerate(numbers)}
     features: list[int] = rows["feature"].tolist()
     return {
@@ -88,6 +119,7 @@ def _index(rows: pd.DataFrame, numbers: np.ndarray, examples: Examples, effects:
         "density": rounded(rows["density"].to_numpy(float), DIGITS),
         "max": rounded(rows["max_activation"].to_numpy(float), DIGITS),
         "mean": rounded(rows["mean_activation"].to_numpy(float), DIGITS),
+        "share": rounded(sae.norms.share[:, -1], DIGITS) if sae.norms else [],
         "dead": rows["is_dead"].astype(int).tolist(),
         "place": [place.get(feature, -1) for feature in features],
         "tokens": [examples.peaks(feature, _N_SEARCHED) if feature in place else [] for feature in features],

@@ -123,6 +123,15 @@ class TestFeatures:
         assert browser.run("return new URLSearchParams(location.hash.slice(1)).get('feature')") == "48"
         assert browser.run("return new URLSearchParams(location.hash.slice(1)).get('sae')") == SAE
 
+    def test_a_crosscoders_features_say_where_they_write(self, browser):
+        self.open(browser, "#feature=3")
+        hooks = browser.run("return [...document.querySelectorAll('#dashboard .hook')].map((e) => e.textContent)")
+        assert hooks == [HOSTILE, "other:blocks.1"]
+        assert "share of the decoder at other:blocks.1" in browser.text("#dashboard .stats")
+        assert browser.run("return document.getElementById('by-share').disabled") is False
+        self.type(browser, "sort", "share")
+        assert self.names(browser)[:2] == [59, 58]
+
     def test_a_dead_feature_says_so(self, browser):
         self.open(browser, "#feature=7")
         assert "never fired" in browser.text("#dashboard")

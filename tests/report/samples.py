@@ -178,6 +178,12 @@ def _features(work: Workspace) -> dict:
         for rank in range(3)
     ]
     work.write_table("logit_effects.parquet", pd.DataFrame(effects))
+    norms = [
+        {"sae": SAE, "feature": feature, "hook": hook, "norm": 1.0, "scaled_norm": 2 * share, "share": share}
+        for feature in features
+        for hook, share in ((HOSTILE, 1 - feature / (D_SAE - 1)), ("other:blocks.1", feature / (D_SAE - 1)))
+    ]
+    work.write_table("decoder_norms.parquet", pd.DataFrame(norms))
     counts = torch.arange(8, dtype=torch.int32).repeat(D_SAE, 1)
     edges = torch.linspace(0, 2, 9).repeat(D_SAE, 1)
     work.write_tensors("histograms.safetensors", {f"{SAE}.counts": counts, f"{SAE}.edges": edges})

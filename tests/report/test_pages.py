@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.store import Store
 from mi_pipe.report import attention, circuit, features, heads, overview, patching, prompts
 from mi_pipe.report.layered import folded, layered_graph
@@ -108,6 +109,34 @@ def test_dashboards_hold_what_the_tables_hold(artifacts):
     assert len(first["dashboards"]) == 50
     assert set(scripts[keys[2]]["dashboards"]) == set(range(51, D_SAE))
     assert SAE not in keys[0]
+
+
+def test_crosscoders_show_which_features_are_shared(artifacts):
+    """Feature f of 60 has the share f / 59 at the second hook point; feature 7, at 0.12, is dead."""
+    page = features.page(of(artifacts, "score_features"), n_features=D_SAE)
+    own = [sum(f / 59 < 0.1 for f in range(D_SAE)), sum(f / 59 > 0.9 for f in range(D_SAE))]
+    assert page.context["shares"].to_numpy().tolist() == [
+        [SAE, f"only at {HOSTILE}", own[0]],
+        [SAE, "only at other:blocks.1", own[1]],
+        [SAE, "shared", D_SAE - 1 - sum(own)],
+    ]
+    (figure,) = [item for item in page.figures if item.name.startswith("decoder-share")]
+    assert figure.data["other:blocks.1"].sum() == D_SAE - 1
+    index, first, _ = (payload for _, payload in page.scripts)
+    assert index["share"][:2] == [0.0, 0.01695]
+    assert first["dashboards"][1]["norms"] == [[HOSTILE, 1.966, 0.9831], ["other:blocks.1", 0.0339, 0.01695]]
+
+
+def test_features_scored_before_decoder_norms_were_kept_have_none(artifacts, tmp_path):
+    (found,) = of(artifacts, "score_features")
+    files = {name: entry for name, entry in found.manifest.files.items() if name != "decoder_norms.parquet"}
+    old = Artifact(found.path, found.manifest.model_copy(update={"files": files}))
+    page = features.page([old], n_features=3)
+    assert page.context["saes"][0]["hooks"] == []
+    assert page.context["shares"].empty
+    index, first = (payload for _, payload in page.scripts)
+    assert index["share"] == []
+    assert {tuple(board["norms"]) for board in first["dashboards"].values()} == {()}
 
 
 def test_saes_of_two_artifacts_are_told_apart(artifacts):

@@ -64,6 +64,7 @@
 
   function head(i) {
     const facts = { density: index.density[i], "largest activation": index.max[i], "mean activation": index.mean[i] };
+    if (sae.hooks.length) facts["share of the decoder at " + sae.hooks.at(-1)] = index.share[i];
     const stats = Object.entries(facts).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, number(value))));
     return [el("header", { class: "of" }, el("h2", {}, "Feature " + index.feature[i]), el("code", { class: "id" }, sae.name)),
       el("dl", { class: "stats" }, ...stats)];
@@ -74,7 +75,7 @@
     const groups = new Map();
     for (const example of dashboard.examples) groups.set(example[0], [...(groups.get(example[0]) || []), example]);
     const sections = [...groups].map(([group, examples], at) => section(groupTitle(group), at < 3, examples.map((item) => line(item, texts, largest))));
-    const sides = el("div", { class: "sides" }, histogram(dashboard), effects("Promotes", dashboard.effects.promoted, "positive"),
+    const sides = el("div", { class: "sides" }, histogram(dashboard), norms(dashboard.norms), effects("Promotes", dashboard.effects.promoted, "positive"),
       effects("Suppresses", dashboard.effects.suppressed, "negative"));
     board.replaceChildren(...head(i), sides, ...sections);
   }
@@ -107,6 +108,16 @@
       el("p", { class: "fine ends" }, el("span", {}, number(edges[0])), el("span", {}, "tokens, log scale"), el("span", {}, number(edges.at(-1)))));
   }
 
+  function norms(rows) {
+    if (!rows.length) return null;
+    return el("div", {}, el("h3", {}, "Writes at"), el("ol", { class: "effects is-norms" }, ...rows.map(([hook, norm, share]) => {
+      const bar = el("span", { class: "bar" });
+      bar.style.width = 100 * (share ?? 0) + "%";
+      return el("li", { title: `${hook}: decoder norm ${number(norm)}, share ${number(share ?? 0)}` },
+        el("span", { class: "hook" }, hook), el("span", { class: "track" }, bar), el("span", { class: "num" }, number(norm)));
+    })));
+  }
+
   function effects(title, rows, sign) {
     if (!rows.length) return null;
     const largest = Math.max(...rows.map((row) => Math.abs(row[1])), 1e-9);
@@ -120,6 +131,8 @@
   async function open(name, feature) {
     sae = saes.find((item) => item.name === name) || saes[0];
     by("sae").value = String(saes.indexOf(sae));
+    by("by-share").hidden = by("by-share").disabled = !sae.hooks.length;
+    if (!sae.hooks.length && by("sort").value === "share") by("sort").value = "max";
     index = await load(sae.key + "/index");
     filter();
     const wanted = feature == null ? -1 : index.feature.indexOf(Number(feature));
