@@ -74,6 +74,10 @@ def test_an_import_is_trained_on_scored_and_reported_without_a_model(command, du
     steps = ids(command("plan", recipe, "--json")[1])
     assert list(steps) == ["activations", "saes", "features", "report"]
     assert steps["activations"] == name
+    code, out, err = command("report", recipe)
+    assert code == 0, err
+    early = mi_pipe.open(Path(out.split("Report: ")[1].strip()).parent)
+    assert early.pages == ["index.html", "activations.html"], "what is there is shown before anything ran"
     code, out, err = command("run", recipe, "--no-prefect")
     assert code == 0, err
     assert f"Given                {name}" in out
