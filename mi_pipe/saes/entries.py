@@ -14,7 +14,7 @@ from mi_pipe.saes import kernels
 from mi_pipe.saes.code import SparseCode
 from mi_pipe.saes.parameters import Parameters
 
-DENSE_SHARE = 24
+DENSE_SHARE = 8
 """A code is dense if more than one in so many of its entries are active."""
 
 

@@ -23,7 +23,7 @@ from mi_pipe.saes.entries import Code, backward, of_feature, products_at
 from mi_pipe.saes.kernels import Precision, decode, pre_activations
 from mi_pipe.saes.parameters import Parameters
 
-_CHUNK_BYTES = 1 << 26
+_CHUNK_BYTES = 1 << 27
 
 
 class Scratch:
@@ -96,7 +96,7 @@ class Outcome:
 
 
 def chunks_of(n_rows: int, d_sae: int) -> list[slice]:
-    """Return the rows of a batch in equal chunks whose pre-activations take at most 64 MiB in float32."""
+    """Return the rows of a batch in equal chunks whose pre-activations take at most 128 MiB in float32."""
     n_chunks = min(n_rows, math.ceil(n_rows * d_sae * 4 / _CHUNK_BYTES))
     size = math.ceil(n_rows / n_chunks)
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]

@@ -42,7 +42,7 @@ class Coefficient:
         self._sparsity = sparsity
         first = start if sparsity.coefficient is None else sparsity.coefficient
         self._value = torch.tensor(first, dtype=torch.float64)
-        self._last = torch.tensor(math.nan, dtype=torch.float64)
+        self._last = torch.tensor(math.inf, dtype=torch.float64)
         self._change = torch.zeros((), dtype=torch.float64)
 
     @property
@@ -58,7 +58,7 @@ class Coefficient:
         """Follow the target, given the active features a row of the last step."""
         if self.is_led and self._sparsity.target_l0 is not None:
             error = math.log(max(l0, _LEAST_L0) / self._sparsity.target_l0)
-            change = 0.0 if torch.isnan(self._last) else error - float(self._last)
+            change = 0.0 if torch.isinf(self._last) else error - float(self._last)
             self._change.mul_(_MEMORY).add_((1 - _MEMORY) * change)
             self._last.fill_(error)
             aim = error + _LOOK_AHEAD_STEPS * float(self._change)
