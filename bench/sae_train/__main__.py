@@ -31,6 +31,7 @@ from bench.sae_train.clock import Turn, timed
 from bench.sae_train.peer import Peer
 from bench.sae_train.rows import mixture
 from bench.sae_train.subject import Floor, Sizes, Training, store_of
+from mi_pipe.core.freed_memory import freed_memory_kept
 from mi_pipe.core.store import Store
 from mi_pipe.saes.architectures.base import ArchitectureName
 
@@ -46,6 +47,7 @@ def figures(args: argparse.Namespace, sizes: Sizes, n_rows: int, folder: Path) -
     rows = mixture(n_rows, sizes.d_in)
     store = store_of(rows, Store(folder / "store"))
     with ExitStack() as stack:
+        stack.enter_context(freed_memory_kept())  # as the stage does
         train = partial(_training, stack, store, sizes=sizes)
         ways: Ways = {"floor": Floor(rows, sizes).turn, "ours": train([args.architecture])}
         if args.bfloat16:

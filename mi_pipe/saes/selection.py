@@ -34,8 +34,9 @@ def top_k_rows(pre: Float[Tensor, "batch d_sae"], k: int) -> tuple[Float[Tensor,
     """
     fold = _fold(pre.shape[1], k)
     values = pre.detach()
-    columns = _largest(values, k) if fold == 1 else _largest_by_folds(values, k, fold)
-    return pre.gather(1, columns), columns
+    found = _largest_by_folds(values, k, fold) if fold > 1 else None
+    columns = _largest(values, k) if found is None else found[1]
+    return (pre.gather(1, columns) if found is None or pre.requires_grad else found[0]), columns
 
 
 def _fold(n_columns: int, k: int) -> int:
@@ -46,8 +47,10 @@ def _fold(n_columns: int, k: int) -> int:
     return best if costs.get(best, n_columns) < n_columns else 1
 
 
-def _largest_by_folds(pre: Float[Tensor, "batch column"], k: int, fold: int) -> Int[Tensor, "batch k"]:
-    """Return the columns of the k largest values of each row, ascending.
+def _largest_by_folds(
+    pre: Float[Tensor, "batch column"], k: int, fold: int
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """Return the k largest values of each row and their columns, ascending.
 
     Fold j holds the columns j, j + n_folds, j + 2 n_folds, …: the maximum is then one of contiguous pieces, and
     candidates taken piece by piece are in the order of columns.
@@ -57,7 +60,8 @@ def _largest_by_folds(pre: Float[Tensor, "batch column"], k: int, fold: int) -> 
     folds = _largest(pieces.amax(1), k)
     candidates = pieces.gather(2, folds[:, None, :].expand(n_rows, fold, k)).view(n_rows, fold * k)
     places = _largest(candidates, k)
-    return folds.gather(1, places % k) + (places // k) * pieces.shape[2]
+    columns = folds.gather(1, places % k) + (places // k) * pieces.shape[2]
+    return candidates.gather(1, places), columns
 
 
 def _largest(values: Float[Tensor, "batch column"], k: int) -> Int[Tensor, "batch k"]:
