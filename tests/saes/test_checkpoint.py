@@ -30,9 +30,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits(architecture, stop, opti
         return made
 
     def steps(group, first, last):
-        return [
-            row for step in range(first, last) for row in group.step({HOOK: batch(rows, step, BATCH_ROWS)}, step)
-        ]
+        return [row for step in range(first, last) for row in group.step({HOOK: batch(rows, step, BATCH_ROWS)}, step)]
 
     whole, first, second = group(), group(), group()
     curve = steps(whole, 0, N_STEPS)

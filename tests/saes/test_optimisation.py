@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from mi_pipe.saes.parameters import Parameters
 from mi_pipe.saes.optimisation import Optimiser, Schedule, default_lr
+from mi_pipe.saes.parameters import Parameters
 
 
 def make(d_sae=6, d_in=4, seed=0):
