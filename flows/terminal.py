@@ -14,7 +14,10 @@ from flows.given import Given
 from flows.given import as_row as given_row
 from flows.planning import Intent
 from flows.runner import StepReport
+from flows.sae_lines import sae_lines
 from mi_pipe.core.progress import Tick
+from mi_pipe.saes.sae_set import SAESet
+from stages import train_saes
 
 _MARKS = {"Cached": "[dim]=[/]", "Resumed": "[green]+[/]", "Completed": "[green]+[/]", "Failed": "[red]x[/]"}
 _COLOURS = {"cached": "dim", "resume": "yellow", "run": "green", "wait": "red"}
@@ -79,6 +82,9 @@ class Screen:
         self._bar.update(self._task, visible=False)
         mark = _MARKS.get(report.outcome, "[yellow]-[/]")
         self.out.print(f"{mark} {report.step.label:<18} {report.outcome:<9} {report.seconds:>7.1f} s  {_tail(report)}")
+        if report.result is not None and report.outcome != "Cached" and report.step.stage is train_saes.STAGE:
+            for line in sae_lines(SAESet(report.result.artifact.path)):
+                self.out.print(f"    {line}", markup=False)
 
     def given(self, given: Iterable[Given]) -> None:
         """Print what steps read that is there already."""

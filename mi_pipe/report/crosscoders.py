@@ -19,6 +19,7 @@ from mi_pipe.report.html import rounded, slug
 
 OWN = 0.1
 """A feature with less than this share at all other hook points belongs to one alone."""
+_N_BINS = 40
 _DIGITS = 4
 _TWO = 2
 
@@ -90,6 +91,8 @@ def _shares(name: str, norms: DecoderNorms, is_live: Bool[np.ndarray, " feature"
         f"Where features write: {name}",
         alt,
         values,
+        n_bins=_N_BINS,
+        span=(0.0, 1.0),
         x_title=x_title,
         y_title="features",
         caption=caption,

@@ -63,25 +63,22 @@ def lines(
 ) -> Figure:
     """Draw lines of one or more columns `y` over `x`, or one line a group with `by=column`.
 
-    Further options: `x_title`, `y_title`, `caption`, `log_x`, `log_y`, `from_zero`, `markers`.
+    Further options: `x_title`, `y_title`, `caption`, `log_x`, `log_y`, `from_zero`, `markers`; `keep`, further columns
+    of the data; `families`, line to the family whose colour it has where there are more lines than colours.
     """
     by = options.get("by")
     columns = [y] if isinstance(y, str) else list(y)
     series = _series(frame, x, columns, by)
+    looks = _looks([label for label, _, _ in series], options.get("families") or {})
 
     def draw(axes: Axes) -> None:
-        for i, (label, xs, ys) in enumerate(series):
-            axes.plot(
-                xs, ys, label=shortened(label, _LONGEST), color=SERIES[i % len(SERIES)],
-                linestyle=_DASHES[(i // len(SERIES)) % len(_DASHES)], marker="o" if options.get("markers") else "",
-                markersize=4,
-                clip_on=False,
-            )  # fmt: skip
+        for (_, xs, ys), look in zip(series, looks, strict=True):
+            axes.plot(xs, ys, **look, marker="o" if options.get("markers") else "", markersize=4, clip_on=False)
         finish(axes, options)
         if len(series) > 1:
             legend(axes, len(series))
 
-    data = frame.loc[:, [*([by] if by else []), x, *columns]]
+    data = frame.loc[:, [*([by] if by else []), *options.get("keep", ()), x, *columns]]
     return Figure(name, title, alt, data, draw, options.get("caption", ""))
 
 
@@ -117,10 +114,14 @@ def bars(name: str, title: str, alt: str, frame: pd.DataFrame, label: str, value
 
 
 def histogram(name: str, title: str, alt: str, values: Mapping[str, Any], **options: Any) -> Figure:
-    """Draw step histograms over common bins of one or more samples; NaN is left out."""
+    """Draw step histograms over common bins of one or more samples; NaN is left out.
+
+    Further options: `x_title`, `y_title`, `caption`, `n_bins`; `span`, the range of the bins if not that of the values.
+    """
     samples = {key: np.asarray(items, dtype=float)[np.isfinite(items)] for key, items in values.items()}
     pooled = np.concatenate([*samples.values(), np.empty(0)])
-    edges = np.histogram_bin_edges(pooled, bins=options.get("n_bins", 48)) if pooled.size else np.array([0.0, 1.0])
+    n_bins, span = options.get("n_bins", 48), options.get("span")
+    edges = np.histogram_bin_edges(pooled, bins=n_bins, range=span) if pooled.size else np.array([0.0, 1.0])
     counts = {key: np.histogram(items, bins=edges)[0] for key, items in samples.items()}
     data = pd.DataFrame({"low": edges[:-1], "high": edges[1:], **counts})
 
@@ -140,3 +141,20 @@ def _series(frame: pd.DataFrame, x: str, columns: list[str], by: str | None) -> 
     if by is None:
         return [(column, frame[x], frame[column]) for column in columns]
     return [(str(key), rows[x], rows[columns[0]]) for key, rows in frame.groupby(by, sort=False, observed=True)]
+
+
+def _looks(labels: Sequence[str], families: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return label, colour and dashes of each line; a family shares a colour and is named once in the legend."""
+    known = [families.get(label, "") for label in labels]
+    if len(labels) <= len(SERIES) or not all(known) or len(set(known)) == 1:
+        known = list(labels)
+    order = {name: i for i, name in enumerate(dict.fromkeys(known))}
+    looks, seen = [], dict.fromkeys(known, 0)
+    for name in known:
+        place = order[name]
+        dashes = _DASHES[(place // len(SERIES) + seen[name]) % len(_DASHES)]
+        # Matplotlib leaves labels that begin with an underscore out of legends.
+        label = f"_{name}" if seen[name] else shortened(name, _LONGEST)
+        looks.append({"label": label, "color": SERIES[place % len(SERIES)], "linestyle": dashes})
+        seen[name] += 1
+    return looks

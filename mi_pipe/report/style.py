@@ -14,6 +14,8 @@ SERIES = ("#2f6fde", "#e8850c", "#1a9f78", "#c2569b", "#46aee0", "#d5533b", "#8a
 _SHORT_SPAN = 100
 _LARGE_TICK = 1e4
 _MAX_NAMED = 12
+_LONG = 36
+"""Characters of a name of which two do not stand side by side."""
 STYLE: Any = {
     "svg.hashsalt": "mi_pipe",
     "svg.fonttype": "none",
@@ -89,7 +91,7 @@ def legend(axes: Axes, n_entries: int) -> None:
         title=f"and {n_more} more" if n_more > 0 else None,
         loc="lower left",
         bbox_to_anchor=(0, 1.01),
-        ncols=min(n_entries, 2),
+        ncols=1 if any(len(label) > _LONG for label in labels[:_MAX_NAMED]) else min(n_entries, 2),
     )
 
 

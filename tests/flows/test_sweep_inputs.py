@@ -49,6 +49,10 @@ def test_a_crosscoder_of_two_models_is_trained_scored_and_reported(command, firs
     assert not np.isnan(rows.loc[alone, "ce_recovered"])
     norms = features.decoder_norms(both)
     assert list(norms["hook"].unique()) == [HOOK, f"other:{HOOK}"]
+    told = out.splitlines()[[line.split()[1] for line in out.splitlines()].index("saes") + 1 :][:2]
+    assert [line.split()[0] for line in told] == [both, alone]
+    assert "CE recovered" not in told[0]
+    assert f"CE recovered {rows.loc[alone, 'ce_recovered']:.3f}" in told[1]
     assert norms.groupby("feature")["share"].sum().to_numpy() == pytest.approx(np.ones(48), abs=1e-5)
     assert features.decoder_norms(alone).empty
     assert "other:blocks.1.hook_resid_post" in mi_pipe.open(steps["report"]).file("features.html").read_text()

@@ -94,7 +94,8 @@ def sample_config() -> ReportConfig:
 def sample_report(root: Path) -> Report:
     """Make the report of every stage below `root`, once."""
     samples = Store(root / "samples")
-    artifacts = [*sample_artifacts(samples), sample_activations(samples), *sample_exchange(samples)]
+    artifacts = [*sample_artifacts(samples), sample_sweep(samples)]
+    artifacts += [sample_activations(samples), *sample_exchange(samples)]
     return Report(execute(STAGE, sample_config(), Inputs(artifacts), Store(root / "store")).artifact.path)
 
 
@@ -146,6 +147,42 @@ def _saes(work: Workspace) -> dict:
     evaluation = pd.DataFrame({"sae": [SAE], "fvu": [0.1], "l0": [2.0], "ce_recovered": [0.97]})
     work.write_table("evaluation.parquet", evaluation)
     return {"fvu_min": 0.1}
+
+
+SWEEP = [(kind, k) for kind in ("topk", "standard", HOSTILE) for k in (32, 8, 16)]
+
+
+def sample_sweep(store: Store) -> Artifact:
+    """Publish a sweep of three architectures and three sparsities with all that a training keeps."""
+    return publish(store, "train_saes", _sweep, label="saes")
+
+
+def _sweep(work: Workspace) -> None:
+    curves, evaluation, held_out, densities = [], [], [], []
+    for kind, k in SWEEP:
+        sae = f"L0.{kind}.k{k}"
+        config = {
+            "architecture": kind,
+            "hook": "h",
+            "d_sae": 64,
+            "seed": 0,
+            "sites": {"inputs": ["h"], "outputs": ["h"]},
+        }
+        work.write_json(f"saes/{sae}/config.json", {**config, "training": {"lr": None, "coefficient": None}})
+        for step in (10, 20):
+            row = {"sae": sae, "step": step, "tokens": step * 100, "fvu": 1 / step, "l0": k, "lr": 1e-3 / step}
+            losses = {"loss": 1.0, "reconstruction": 0.5, "sparsity": 0.5 * (kind != "topk"), "gate": 0.0, "auxk": 0.0}
+            more = {"dead_fraction": 0.0, "dense_fraction": 0.01, "grad_norm": k, "threshold": np.nan}
+            curves.append({**row, **losses, **more, "coefficient": np.nan if kind == "topk" else 3.0 + step})
+            held_out.append({**row, "ce_recovered": 0.9, "kl": 0.1})
+            densities += [
+                {"sae": sae, "step": step, "log10_density": edge, "n_features": n * step}
+                for edge, n in ((None, 1), (-2.0, 2), (-1.0, 3))
+            ]
+        evaluation.append({"sae": sae, "fvu": 1 / k, "l0": k, "ce_recovered": 1 - 1 / k, "kl": 0.5 / k})
+    tables = {"training": curves, "evaluation": evaluation, "held_out": held_out, "densities": densities}
+    for name, rows in tables.items():
+        work.write_table(f"{name}.parquet", pd.DataFrame(rows))
 
 
 def sample_imported_saes(store: Store) -> list[Artifact]:

@@ -6,6 +6,7 @@ import pytest
 
 from mi_pipe.report.figures import bars, histogram, lines, rendered, scatter
 from mi_pipe.report.heatmaps import colour_stops, heatmap
+from mi_pipe.report.style import SERIES
 from tests.report.samples import TOKENS
 
 VALUES = np.arange(20.0).reshape(2, 10)
@@ -38,6 +39,19 @@ def test_token_labels_reach_the_drawing_as_text():
     assert "$x^2$" in text
     assert "</script><img src=x one" in text
     assert b"<img" not in svg
+
+
+def test_more_lines_than_colours_have_the_colours_of_their_families():
+    names = [f"{kind}.k{k}" for kind in ("topk", "gated") for k in range(5)]
+    frame = pd.DataFrame({"x": 1.0, "y": 1.0, "by": names})
+    families = {name: name.partition(".")[0] for name in names}
+    svg, _ = rendered(lines("l", "t", "a", frame, "x", "y", by="by", markers=True, families=families))
+    text = "".join(ElementTree.fromstring(svg).itertext())
+    assert all(text.count(word) == 1 for word in families.values())
+    assert not any(name in text for name in names)
+    assert {colour for colour in SERIES if f"stroke: {colour}" in svg.decode()} == set(SERIES[:2])
+    svg, _ = rendered(lines("l", "t", "a", frame.head(8), "x", "y", by="by", families=families))
+    assert all(name in svg.decode() for name in names[:8]), "as many lines as colours are told apart by these"
 
 
 def test_log_ticks_are_plain_numbers():

@@ -7,7 +7,7 @@ import pytest
 
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.store import Store
-from mi_pipe.report import attention, circuit, features, heads, overview, patching, prompts
+from mi_pipe.report import attention, circuit, features, heads, overview, patching, prompts, saes
 from mi_pipe.report.layered import folded, layered_graph
 from mi_pipe.report.lineage import lineage
 from mi_pipe.report.overview import Recipe
@@ -23,6 +23,7 @@ from tests.report.samples import (
     sample_activations,
     sample_exchange,
     sample_imported_saes,
+    sample_sweep,
 )
 
 RECIPE = Recipe("r", "", "")
@@ -69,16 +70,46 @@ def test_imported_saes_share_the_page_of_saes_with_and_without_figures(tmp_path,
         assert plan.slug == "saes"
         return plan.make().context
 
-    assert context(unmeasured)["others"] == []
-    assert context(unmeasured)["curves"] == []
+    assert context(unmeasured)["groups"] == {}
     assert context(unmeasured)["n_tokens"] is None
-    assert context(measured)["others"] == ["l0-fvu"]
+    assert context(measured)["groups"] == {"Evaluation": ["l0-fvu"]}
     both = context(trained, measured, unmeasured)
-    assert both["curves"] == context(trained)["curves"]
-    assert both["others"] == ["l0-fvu", "l0-ce-recovered"]
+    assert both["groups"] == context(trained)["groups"]
+    assert both["groups"]["Evaluation"] == ["l0-fvu", "l0-ce-recovered"]
     assert len(both["evaluation"]) == 3
     titles = both["evaluation"]["sae"].tolist()
     assert len(set(titles)) == 3, "the same SAE's name in three sets"
+
+
+def test_saes_of_a_sweep_that_differ_in_sparsity_are_joined_to_a_line(tmp_path):
+    page = saes.page([sample_sweep(Store(tmp_path / "s"))])
+    assert page.context["groups"]["Evaluation"] == ["l0-fvu", "l0-ce-recovered", "l0-kl"]
+    data = page.figures[0].data
+    assert data["family"].tolist() == [kind for kind in ("topk", "standard", HOSTILE) for _ in range(3)]
+    assert data["l0"].tolist() == [8, 16, 32] * 3
+    assert data["sae"].tolist()[:2] == ["L0.topk.k8", "L0.topk.k16"]
+
+
+def test_curves_show_what_there_is_and_once_what_is_the_same(tmp_path):
+    page = saes.page([sample_sweep(Store(tmp_path / "s"))])
+    assert page.context["groups"]["Loss"] == ["loss", "reconstruction", "sparsity"]
+    assert page.context["groups"]["Optimisation"] == ["grad-norm", "lr", "coefficient"]
+    figures = {figure.name: figure for figure in page.figures}
+    assert set(figures["lr"].data["sae"]) == {"all SAEs"}
+    assert figures["lr"].data["lr"].tolist() == [1e-4, 5e-5]
+    assert figures["grad-norm"].data["sae"].nunique() == 9
+    assert not any("topk" in sae for sae in figures["coefficient"].data["sae"])
+    held_out = ["held-out-fvu", "held-out-l0", "held-out-ce-recovered", "held-out-kl", "held-out-density"]
+    assert page.context["groups"]["On held-out rows during training"] == held_out
+
+
+def test_densities_are_those_of_the_last_moment(tmp_path):
+    page = saes.page([sample_sweep(Store(tmp_path / "s"))])
+    (figure,) = [item for item in page.figures if item.name == "held-out-density"]
+    one = figure.data[figure.data["sae"] == "L0.standard.k16"]
+    assert one["log10_density"].tolist() == [-1.875, -0.875], "the middle of bins a quarter wide"
+    assert one["n_features"].tolist() == [40, 60]
+    assert "20 features of an SAE never fire" in figure.caption
 
 
 def test_features_with_dashboards_are_spread_over_density_and_never_dead():
