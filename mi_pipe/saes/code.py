@@ -12,10 +12,31 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+# On the CPU, numpy compares, counts and finds true entries three to five times as fast as torch.
+_NUMPY_DTYPES = (torch.float32, torch.float64)
+
+
+def is_numpys(values: Tensor) -> bool:
+    """Say whether numpy can work on a tensor in place."""
+    return values.device.type == "cpu" and values.dtype in _NUMPY_DTYPES
+
+
+def above(values: Float[Tensor, "*shape"], bound: float | Tensor) -> Bool[Tensor, "*shape"]:
+    """Say of each value whether it exceeds a bound (a number, or a tensor that broadcasts)."""
+    if not is_numpys(values):
+        return values > bound
+    other = bound.detach().numpy() if isinstance(bound, Tensor) else bound
+    return torch.from_numpy(values.detach().numpy() > other)
+
+
+def n_true(mask: Bool[Tensor, "*shape"]) -> int:
+    """Return how many entries are true."""
+    return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask))
+
 
 def true_positions(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " entry"]:
     """Return the flat positions (int64, ascending) of the true entries."""
-    if mask.device.type == "cpu":  # numpy finds them several times as fast as torch
+    if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.reshape(-1).nonzero().squeeze(1)
 
@@ -52,7 +73,7 @@ class SparseCode:
     def from_mask(cls, is_entry: Bool[Tensor, "batch d_sae"], dense: Float[Tensor, "batch d_sae"]) -> "SparseCode":
         """Make a code of the entries of a dense matrix where a mask says so."""
         positions = true_positions(is_entry)
-        return cls.from_positions(positions, dense.reshape(-1)[positions], *dense.shape)
+        return cls.from_positions(positions, dense.reshape(-1).index_select(0, positions), *dense.shape)
 
     @property
     def n_rows(self) -> int:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mi_pipe.saes import kernels
-from mi_pipe.saes.code import SparseCode
+from mi_pipe.saes.code import SparseCode, above, n_true
 from mi_pipe.saes.parameters import Parameters
 
 DENSE_SHARE = 8
@@ -43,8 +43,8 @@ Code = SparseCode | DenseCode
 
 def entries_above(pre: Float[Tensor, "batch d_sae"], bound: float | Float[Tensor, " d_sae"]) -> Code:
     """Return the entries of `pre` above a bound (one number or one a feature), with their values."""
-    is_entry = pre > bound
-    if int(torch.count_nonzero(is_entry)) * DENSE_SHARE > pre.numel():
+    is_entry = above(pre, bound)
+    if n_true(is_entry) * DENSE_SHARE > pre.numel():
         return DenseCode(torch.where(is_entry, pre, 0.0), is_entry)
     return SparseCode.from_mask(is_entry, pre)
 

@@ -17,13 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mi_pipe.saes.code import SparseCode, true_positions
+from mi_pipe.saes.code import SparseCode, above, is_numpys, n_true, true_positions
 
 _LARGEST_FOLD = 64
 _GATHER_COST = 2
 """Looking at a value again costs about as much as finding the k-th largest among so many more maxima."""
 _SAMPLE_STRIDE = 61
-_NUMPY_DTYPES = (torch.float32, torch.float64)
 
 
 def top_k_rows(pre: Float[Tensor, "batch d_sae"], k: int) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
@@ -33,10 +32,11 @@ def top_k_rows(pre: Float[Tensor, "batch d_sae"], k: int) -> tuple[Float[Tensor,
     a row has fewer than k columns.
     """
     fold = _fold(pre.shape[1], k)
-    values = pre.detach()
-    found = _largest_by_folds(values, k, fold) if fold > 1 else None
-    columns = _largest(values, k) if found is None else found[1]
-    return (pre.gather(1, columns) if found is None or pre.requires_grad else found[0]), columns
+    if fold == 1:
+        columns = _largest(pre.detach(), k)
+        return pre.gather(1, columns), columns
+    values, columns = _largest_by_folds(pre.detach(), k, fold)
+    return (pre.gather(1, columns) if pre.requires_grad else values), columns
 
 
 def _fold(n_columns: int, k: int) -> int:
@@ -67,10 +67,10 @@ def _largest_by_folds(
 def _largest(values: Float[Tensor, "batch column"], k: int) -> Int[Tensor, "batch k"]:
     """Return the columns of the k largest values of each row, ascending; on the CPU the first of equals at the edge."""
     n_rows, n_columns = values.shape
-    if values.device.type != "cpu" or values.dtype not in _NUMPY_DTYPES or k > n_columns:
+    if not is_numpys(values) or k > n_columns:
         return values.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
     edge = _kth_largest(values, k)
-    is_kept = values >= edge
+    is_kept = torch.from_numpy(values.numpy() >= edge.numpy())
     positions = true_positions(is_kept)
     if positions.shape[0] != n_rows * k:
         rows = (is_kept.sum(1) != k).nonzero().squeeze(1)
@@ -82,7 +82,7 @@ def _largest(values: Float[Tensor, "batch column"], k: int) -> Int[Tensor, "batc
 
 
 def _kth_largest(values: Float[Tensor, "batch column"], k: int) -> Float[Tensor, "batch 1"]:
-    if values.device.type != "cpu":
+    if not is_numpys(values):
         return values.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     place = values.shape[1] - k
     return torch.from_numpy(np.partition(values.numpy(), place, axis=1)[:, place, None])
@@ -115,7 +115,7 @@ class BatchSelection:
         flat = pre.detach().reshape(-1)
         positions = self._above(flat)
         self._positions.append(positions + self._n_seen)
-        self._values.append(flat[positions])
+        self._values.append(flat.index_select(0, positions))
         self._n_seen += flat.shape[0]
         self._prune()
 
@@ -131,11 +131,11 @@ class BatchSelection:
         """Return positions of all values of a chunk that may be among the largest."""
         guess = _sampled_bound(flat, self._n_kept)
         if guess > self._bound:
-            positions = true_positions(flat > guess)
-            n_held = sum(int((values > guess).sum()) for values in self._values)
+            positions = true_positions(above(flat, guess))
+            n_held = sum(n_true(above(values, guess)) for values in self._values)
             if n_held + positions.shape[0] >= self._n_kept:
                 return positions
-        return true_positions(flat > self._bound)
+        return true_positions(above(flat, self._bound))
 
     def _prune(self) -> None:
         """Drop what is not among the largest so far."""

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_pipe.saes.code import SparseCode, true_positions
+from mi_pipe.saes.code import SparseCode, above, n_true, true_positions
 from mi_pipe.saes.selection import BatchSelection, _fold, top_k_flat, top_k_rows
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -139,3 +139,12 @@ def test_a_code_of_positions_has_their_rows_and_features():
     assert code.features.dtype == code.row_starts.dtype == torch.int32
     assert torch.equal(code.dense(), dense)
     assert true_positions(dense > 0).tolist() == [1, 6, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_comparisons_are_those_of_torch(dtype):
+    values = random_values(7, 30, 3, 0).to(dtype)
+    for bound in (0.0, 1.0, torch.linspace(-1, 1, 30).to(dtype), torch.tensor(0.5, dtype=dtype)):
+        found = above(values, bound)
+        assert torch.equal(found, values > bound)
+        assert n_true(found) == int((values > bound).sum())
