@@ -7,7 +7,12 @@ import pytest
 pytest_plugins = ["tests.faults.object_store"]
 
 # Scripts that tests run in a Python of their own, not modules to look for doctests in.
-collect_ignore = ["activations/read_without_mi_pipe.py", "export/read_with_saelens.py"]
+collect_ignore = [
+    "activations/read_without_mi_pipe.py",
+    "export/read_with_saelens.py",
+    "saes/triton_compiled.py",
+    "saes/triton_interpreted.py",
+]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
