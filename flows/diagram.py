@@ -23,7 +23,6 @@ from mi_pipe.core.config import Config
 from mi_pipe.core.stage import Stage, stage_id
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import ModelHandle, resolve_model
-from mi_pipe.saes.config import TrainSAEsConfig
 from stages import (
     circuits,
     generate_prompts,
@@ -104,16 +103,18 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
     if recipe.activations:
         acts = given_activations(recipe.activations, store, model.id if model else None)
         text = text or known_prompts(acts, store)
+    other = _other(recipe, store)
     if recipe.saes:
         # Without a model SAEs are not run on prompts; features are shown in them all the same.
         run_on = text if model else None
-        read = {"model": model, "activations": acts, "other": _other(recipe.saes, store)}
+        read = {"model": model, "activations": acts, "other": other}
         start = given_training(recipe.saes.start_from, store) if recipe.saes.start_from else None
         saes = step(train_saes.STAGE, recipe.saes, "saes", prompts=run_on, start=start, **read)
         if recipe.features:
             step(score_features.STAGE, recipe.features, "features", prompts=text, saes=saes, **read)
     if recipe.report:
-        steps.append(_report(recipe, [*(item for item in (text, acts) if isinstance(item, Artifact)), *steps]))
+        given = [item for item in (text, acts, other) if isinstance(item, Artifact)]
+        steps.append(_report(recipe, [*given, *steps]))
     return steps
 
 
@@ -128,9 +129,10 @@ def _model(recipe: Recipe, store: Store, step: Any) -> Step | ModelHandle | None
     )
 
 
-def _other(asked: TrainSAEsConfig, store: Store) -> ActivationStore | None:
-    """Return the second store of a sweep, whatever model it is of."""
-    return given_activations(asked.other_store, store, None, "saes.other_store") if asked.other_store else None
+def _other(recipe: Recipe, store: Store) -> ActivationStore | None:
+    """Return the second store that SAEs read, if there is one, whatever model it is of."""
+    name = recipe.saes.other_store if recipe.saes else None
+    return given_activations(name, store, None, "saes.other_store") if name else None
 
 
 def _report(recipe: Recipe, shown: list[Step | Artifact]) -> Step:

@@ -55,7 +55,9 @@ def test_a_crosscoder_of_two_models_is_trained_scored_and_reported(command, firs
     assert f"CE recovered {rows.loc[alone, 'ce_recovered']:.3f}" in told[1]
     assert norms.groupby("feature")["share"].sum().to_numpy() == pytest.approx(np.ones(48), abs=1e-5)
     assert features.decoder_norms(alone).empty
-    assert "other:blocks.1.hook_resid_post" in mi_pipe.open(steps["report"]).file("features.html").read_text()
+    report = mi_pipe.open(steps["report"])
+    assert "other:blocks.1.hook_resid_post" in report.file("features.html").read_text()
+    assert all(steps[name] in report.file("activations.html").read_text() for name in ("harvest", "other_store"))
 
     named = write(tmp_path / "again.yaml", saes={**saes, "other_store": first["harvest"]}, **sections)
     rows = json.loads(command("plan", named, "--json")[1])
