@@ -52,6 +52,11 @@ class AuxK:
             values, places = top_k_rows(pre[:, self._dead], self._n_kept)
             self._parts.append((self._dead[places], values.relu_()))
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no loss: nothing is dead, or nothing was asked for."""
+        return not self._parts
+
     def loss(
         self, params: Parameters, inputs: Float[Tensor, "batch d_in"], error: Float[Tensor, "batch d_out"]
     ) -> AuxLoss | None:

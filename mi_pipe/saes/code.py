@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mi_pipe.saes.row_blocks import map_row_blocks
+
 # On the CPU, numpy compares, counts and finds true entries three to five times as fast as torch.
 _NUMPY_DTYPES = (torch.float32, torch.float64)
 
@@ -39,6 +41,21 @@ def true_positions(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " entry"]:
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.reshape(-1).nonzero().squeeze(1)
+
+
+def positions_above(
+    values: Float[Tensor, "row column"], bound: float | Float[Tensor, "*column"]
+) -> Int[Tensor, " entry"]:
+    """Return the flat positions (int64, ascending) of the values above a bound (one number, or one a column)."""
+    if not is_numpys(values):
+        return true_positions(values > bound)
+    array, width = values.detach().numpy(), values.shape[1]
+    other = bound.detach().numpy() if isinstance(bound, Tensor) else bound
+
+    def look(rows: slice) -> Int[np.ndarray, " entry"]:
+        return np.flatnonzero(array[rows] > other) + rows.start * width
+
+    return torch.from_numpy(np.concatenate(map_row_blocks(look, len(array), width)))
 
 
 @dataclass(frozen=True)
@@ -70,10 +87,11 @@ class SparseCode:
         return cls(starts, (positions % d_sae).to(torch.int32), values, d_sae)
 
     @classmethod
-    def from_mask(cls, is_entry: Bool[Tensor, "batch d_sae"], dense: Float[Tensor, "batch d_sae"]) -> "SparseCode":
-        """Make a code of the entries of a dense matrix where a mask says so."""
-        positions = true_positions(is_entry)
-        return cls.from_positions(positions, dense.reshape(-1).index_select(0, positions), *dense.shape)
+    def above(cls, dense: Float[Tensor, "batch d_sae"], bound: float | Float[Tensor, "*d_sae"]) -> "SparseCode":
+        """Make a code of the entries of a matrix above a bound (one number, or one a feature)."""
+        positions = positions_above(dense, bound)
+        n_rows, d_sae = dense.shape
+        return cls.from_positions(positions, dense.reshape(-1).index_select(0, positions), n_rows, d_sae)
 
     @property
     def n_rows(self) -> int:

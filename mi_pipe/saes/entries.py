@@ -16,6 +16,8 @@ from mi_pipe.saes.parameters import Parameters
 
 DENSE_SHARE = 8
 """A code is dense if more than one in so many of its entries are active."""
+_SAMPLE_ROWS = 128
+"""Rows that tell which it is."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ Code = SparseCode | DenseCode
 
 def entries_above(pre: Float[Tensor, "batch d_sae"], bound: float | Float[Tensor, " d_sae"]) -> Code:
     """Return the entries of `pre` above a bound (one number or one a feature), with their values."""
+    sample = above(pre[:: max(1, pre.shape[0] // _SAMPLE_ROWS)], bound)
+    if n_true(sample) * DENSE_SHARE <= sample.numel():
+        return SparseCode.above(pre, bound)
     is_entry = above(pre, bound)
-    if n_true(is_entry) * DENSE_SHARE > pre.numel():
-        return DenseCode(torch.where(is_entry, pre, 0.0), is_entry)
-    return SparseCode.from_mask(is_entry, pre)
+    return DenseCode(torch.where(is_entry, pre, 0.0), is_entry)
 
 
 def of_feature(code: Code, per_feature: Float[Tensor, " d_sae"]) -> Tensor:

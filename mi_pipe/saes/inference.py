@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_pipe.saes.code import SparseCode, above
+from mi_pipe.saes.code import SparseCode
 from mi_pipe.saes.selection import top_k_rows
 
 RuleKind = Literal["topk", "threshold", "gated"]
@@ -76,7 +76,7 @@ class InferenceRule:
             values, features = top_k_rows(pre, min(self.k, pre.shape[1]))
             return SparseCode.from_rows(features, values.relu_(), pre.shape[1])
         bound = 0.0 if self.threshold is None else self.threshold.clamp_min(0)
-        code = SparseCode.from_mask(above(pre, bound), pre)
+        code = SparseCode.above(pre, bound)
         if self.kind == "threshold":
             return code
         assert self.r_mag is not None, "checked when made"

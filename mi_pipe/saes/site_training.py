@@ -18,6 +18,7 @@ from mi_pipe.activations.training.source import RowSource
 from mi_pipe.core import atomic
 from mi_pipe.core.canonical import content_hash
 from mi_pipe.core.errors import StageError
+from mi_pipe.core.freed_memory import freed_memory_kept
 from mi_pipe.core.interrupts import Held
 from mi_pipe.models.device import pick_device
 from mi_pipe.saes.building import build_trainer
@@ -131,7 +132,7 @@ class SiteTraining:
         n_steps, moments = self.config.n_steps, self._evaluation_steps()
         clock = TrainingClock()
         batches = self._batches(first)
-        with Held() as held:
+        with Held() as held, freed_memory_kept():
             for step in range(first, n_steps):
                 new = group.step(clock.timed(batches), step)
                 if step + 1 == n_steps:

@@ -160,7 +160,7 @@ def add_aux(
     losses: dict[str, Tensor], gradients: Parameters, aux: AuxK, params: Parameters, inputs: Tensor, difference: Tensor
 ) -> None:
     """Add AuxK to losses and gradients, if anything is dead; `difference` is x̂ - x."""
-    found = aux.loss(params, inputs, -difference)
+    found = None if aux.is_idle else aux.loss(params, inputs, -difference)
     if found is not None:
         losses["auxk"] = found.loss
         gradients.add_(found.gradients)

@@ -180,6 +180,12 @@ def test_k_above_the_width_is_refused(store, inputs):
         execute(train_saes.STAGE, toy_config(k=[4, 65]), inputs, store)
 
 
+def test_a_fixed_coefficient_for_a_loss_that_aims_at_k_is_refused(store, inputs):
+    config = toy_config(architecture="jumprelu", sparsity={"coefficient": 1.0})
+    with pytest.raises(ConfigError, match="jumprelu.loss=step or tanh"):
+        execute(train_saes.STAGE, config, inputs, store)
+
+
 def test_the_same_option_twice_is_refused(store, inputs):
     with pytest.raises(ConfigError, match="more than once"):
         execute(train_saes.STAGE, toy_config(k=[4, 4]), inputs, store)

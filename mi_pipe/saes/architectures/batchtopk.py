@@ -13,10 +13,10 @@ from mi_pipe.saes.architectures.base import Architecture
 from mi_pipe.saes.architectures.k_schedule import KSchedule
 from mi_pipe.saes.architectures.threshold_mean import ThresholdMean
 from mi_pipe.saes.auxk import AuxK
+from mi_pipe.saes.batch_selection import BatchSelection
 from mi_pipe.saes.code import SparseCode
 from mi_pipe.saes.inference import InferenceRule
 from mi_pipe.saes.parameters import Parameters
-from mi_pipe.saes.selection import BatchSelection
 from mi_pipe.saes.step import Batch, Outcome, StepContext, encoded_chunks, exact_values, selected_outcome
 
 

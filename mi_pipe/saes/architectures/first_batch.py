@@ -7,9 +7,9 @@ of JumpReLU SAEs). Beginning near the number of features that is wanted spares b
 
 import torch
 
+from mi_pipe.saes.batch_selection import top_k_flat
 from mi_pipe.saes.kernels import pre_activations
 from mi_pipe.saes.parameters import Parameters
-from mi_pipe.saes.selection import top_k_flat
 from mi_pipe.saes.step import Batch
 
 _N_ROWS = 512
