@@ -24,7 +24,7 @@ class Start:
 def plan_sweep(config: TrainSAEsConfig, widths: Mapping[str, int], where: str) -> list[SAESpec]:
     """Return the SAEs to train, site by site, given the width of each hook point that `where` (an id) holds.
 
-    Raises HookPointError for hook points that it does not hold, and ConfigError for options that contradict each other.
+    Raises HookPointError for hook points that it does not hold, ConfigError for options that contradict each other.
     """
     has_jumprelu = "jumprelu" in _listed(config.architecture)
     if has_jumprelu and config.sparsity.coefficient is not None and config.jumprelu.loss == "target":
