@@ -29,8 +29,8 @@ def plan_sweep(config: TrainSAEsConfig, widths: Mapping[str, int], where: str) -
     has_jumprelu = "jumprelu" in _listed(config.architecture)
     if has_jumprelu and config.sparsity.coefficient is not None and config.jumprelu.loss == "target":
         raise ConfigError(
-            "saes: sparsity.coefficient replaces k, and jumprelu.loss=target aims at k. Use jumprelu.loss=step or tanh, "
-            "or leave the coefficient out."
+            "saes: sparsity.coefficient replaces k, and jumprelu.loss=target aims at k. Use jumprelu.loss=step or "
+            "tanh, or leave the coefficient out."
         )
     lr = config.optimisation.lr
     return grid(
