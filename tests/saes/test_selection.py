@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mi_pipe.saes.batch_selection import BatchSelection, top_k_flat
 from mi_pipe.saes.code import SparseCode, above, n_true, true_positions
-from mi_pipe.saes.selection import BatchSelection, _fold, top_k_flat, top_k_rows
+from mi_pipe.saes.selection import _fold, top_k_rows
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
@@ -133,7 +134,7 @@ def test_batch_selection_holds_little_between_chunks():
 
 def test_a_code_of_positions_has_their_rows_and_features():
     dense = torch.tensor([[0.0, 2, 0], [0, 0, 0], [3, 0, 4]])
-    code = SparseCode.from_mask(dense > 0, dense)
+    code = SparseCode.above(dense, 0.0)
     assert code.row_starts.tolist() == [0, 1, 1, 3]
     assert code.features.tolist() == [1, 0, 2]
     assert code.features.dtype == code.row_starts.dtype == torch.int32

@@ -14,7 +14,7 @@ def code_of(n_rows: int, d_sae: int, share: float, dtype: torch.dtype) -> tuple[
     dense[:, 3] = 1.5
     dense[1] = 0
     dense[2] = 2.0
-    return SparseCode.from_mask(dense > 0, dense.to(dtype)), dense.to(dtype)
+    return SparseCode.above(dense.to(dtype), 0.0), dense.to(dtype)
 
 
 def check(n_rows: int, d_sae: int, width: int, share: float, dtype: torch.dtype) -> None:
