@@ -113,7 +113,8 @@ class SparseCode:
 
     def n_fired(self) -> Int[Tensor, " d_sae"]:
         """Return in how many rows each feature is above 0, int64."""
-        return torch.bincount(self.features[self.values > 0], minlength=self.d_sae)
+        counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.features.device)
+        return counts.index_add_(0, self.features, (self.values > 0).to(torch.int64))
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """Return the code as a dense matrix (for tests and small batches)."""
