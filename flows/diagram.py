@@ -4,8 +4,8 @@
     generate_prompts ──► harvest ──► train_saes ──► score_features ──┐
           └──────────► heads, patch, circuits ──────────────────────┴──► report
 
-Instead of a harvest, activations that exist may be given; so may a second store of the same tokens, and a training
-to go on from.
+Instead of a harvest, activations that exist may be given, and instead of a training SAEs; so may a second store of the
+same tokens, and a training to go on from.
 
 `diagram` is the only place where stages are wired; `plan` and `run` both read it.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Union
 
-from flows.given import Given, given_activations, given_training, known_prompts
+from flows.given import Given, given_activations, given_saes, given_training, known_prompts
 from flows.recipe import Recipe
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.artifact import Artifact
@@ -104,16 +104,17 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
         acts = given_activations(recipe.activations, store, model.id if model else None)
         text = text or known_prompts(acts, store)
     other = _other(recipe, store)
+    saes = given_saes(recipe.trained_saes, store) if recipe.trained_saes else None
+    read = {"model": model, "activations": acts, "other": other}
     if recipe.saes:
         # Without a model SAEs are not run on prompts; features are shown in them all the same.
         run_on = text if model else None
-        read = {"model": model, "activations": acts, "other": other}
         start = given_training(recipe.saes.start_from, store) if recipe.saes.start_from else None
         saes = step(train_saes.STAGE, recipe.saes, "saes", prompts=run_on, start=start, **read)
-        if recipe.features:
-            step(score_features.STAGE, recipe.features, "features", prompts=text, saes=saes, **read)
+    if recipe.features:
+        step(score_features.STAGE, recipe.features, "features", prompts=text, **read, saes=saes)
     if recipe.report:
-        given = [item for item in (text, acts, other) if isinstance(item, Artifact)]
+        given = [item for item in (text, acts, other, saes) if isinstance(item, Artifact)]
         steps.append(_report(recipe, [*given, *steps]))
     return steps
 

@@ -19,7 +19,7 @@ from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.saes.sae_set import SAESet
 from stages import train_saes
 
-_LABELS = {"other": "other_store", "start": "start_from"}
+_LABELS = {"other": "other_store", "start": "start_from", "saes": "trained_saes"}
 """Roles by the names that recipes have for them."""
 
 
@@ -77,6 +77,14 @@ def given_training(name: str, store: Store) -> SAESet:
     return found
 
 
+def given_saes(name: str, store: Store) -> SAESet:
+    """Open SAEs that are there; raises ConfigError if the artifact holds none, and what `mi_pipe.open` raises."""
+    found = open_artifact(name, store)
+    if not isinstance(found, SAESet):
+        raise ConfigError(f"trained_saes: {found.id} holds no SAEs; name a training or an import of SAEs.")
+    return found
+
+
 def as_row(given: Given) -> dict[str, Any]:
     """Return what is given as a row for tables and JSON, like those of `flows.planning`."""
     found = given.artifact
@@ -84,7 +92,9 @@ def as_row(given: Given) -> dict[str, Any]:
     if isinstance(found, ActivationStore):
         text = _extent(found)
     elif isinstance(found, SAESet):
-        text = f"a training of {len(found)} SAE{'s' if len(found) != 1 else ''}, to go on from"
+        text = f"{len(found)} SAE{'s' if len(found) != 1 else ''}"
+        if given.role == "start":
+            text = f"a training of {text}, to go on from"
     label = _LABELS.get(given.role, given.role)
     return {"step": label, "id": found.id, "action": "given", "reason": text, "n_done": 0, "n_total": None}
 

@@ -10,13 +10,15 @@ from flows.planning import Intent, plan
 from flows.recipe import Recipe, load_recipe
 from flows.sweep_checks import Reads, check_planned_sweep, check_sweep
 from mi_pipe.activations.harvest.hook_selection import select_hooks
+from mi_pipe.activations.training.source import widths_of
 from mi_pipe.core.store import Store
+from mi_pipe.features.scored_saes import scored_saes
 from mi_pipe.models.handle import ModelHandle
 from mi_pipe.models.hook_points import HookMap
 from mi_pipe.models.source import source_hooks
 from mi_pipe.models.trained import native_module, wrap_native
 from mi_pipe.opening import open_artifact
-from stages import train_saes
+from stages import score_features, train_saes
 
 _LOOKS_AT_HOOKS = ("harvest", "train_saes")
 
@@ -47,19 +49,21 @@ def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
     steps = diagram(content, where)
     intents = plan(steps, where)
     given = tuple(given_of(steps))
+    reads = _reads_of_saes(intents, where)
+    if reads.saes is not None and reads.activations is not None:
+        scored_saes(reads.saes, widths_of(reads.activations), reads.activations.id)
     if not any(intent.action != "cached" and intent.step.stage.name in _LOOKS_AT_HOOKS for intent in intents):
         return Prepared(content, where, steps, intents, given)
     hooks = _hooks(content, steps)
-    _check_hooks(content, intents, where, hooks)
+    _check_hooks(content, reads, hooks)
     forecasts = [] if hooks is None else harvest_forecasts(intents, hooks, where)
     for forecast in forecasts:
         check_fit(forecast)
     return Prepared(content, where, steps, intents, given, hooks, tuple(forecasts))
 
 
-def _check_hooks(recipe: Recipe, intents: list[Intent], store: Store, hooks: HookMap | None) -> None:
+def _check_hooks(recipe: Recipe, reads: Reads, hooks: HookMap | None) -> None:
     """Raise HookPointError or ConfigError for what would fail only after hours."""
-    reads = _reads_of_saes(intents, store)
     if recipe.saes and reads.activations is not None:
         check_sweep(recipe.saes, reads, hooks)
     if recipe.harvest is None or hooks is None:
@@ -67,14 +71,16 @@ def _check_hooks(recipe: Recipe, intents: list[Intent], store: Store, hooks: Hoo
     harvested = {site.name: site.width for site in select_hooks(recipe.harvest.hooks, hooks)}
     if recipe.saes and reads.activations is None:
         check_planned_sweep(recipe.saes, harvested, reads.other)
+    if reads.saes is not None and reads.activations is None:
+        scored_saes(reads.saes, harvested, "harvest.hooks")
 
 
 def _reads_of_saes(intents: list[Intent], store: Store) -> Reads:
     """Return what the recipe's SAEs read; a harvest counts as there if it will not be made anew."""
     found: dict[str, Any] = {"activations": None}
-    step = next((intent.step for intent in intents if intent.step.stage is train_saes.STAGE), None)
-    for role, source in step.sources() if step else ():
-        if role not in ("activations", "other", "start"):
+    steps = [intent.step for intent in intents if intent.step.stage in (train_saes.STAGE, score_features.STAGE)]
+    for role, source in steps[0].sources() if steps else ():
+        if role not in ("activations", "other", "start", "saes"):
             continue
         if not isinstance(source, Step):
             found[role] = source

@@ -32,13 +32,14 @@ _CHECKOUT = Path(__file__).parent.parent / "configs"
 _NEEDS = {
     "harvest": ("prompts",),
     "saes": ("harvest", "activations"),
-    "features": ("saes",),
+    "features": ("saes", "trained_saes"),
+    "trained_saes": ("harvest", "activations"),
     "heads": ("tasks",),
     "patch": ("tasks",),
     "circuits": ("tasks",),
 }
 """What each section needs: one of these."""
-_PLAIN = ("name", "description", "store", "activations")
+_PLAIN = ("name", "description", "store", "activations", "trained_saes")
 """Keys that are no sections."""
 _NEEDING_MODEL = ("prompts", "tasks", "harvest")
 """Sections that need a model; `heads`, `patch` and `circuits` need tasks, and the others only activations."""
@@ -82,6 +83,8 @@ class Recipe(Config):
     """Instead of a harvest, activations that are there: the id of an artifact, or the beginning of it, or its URL."""
     saes: TrainSAEsConfig | None = None
     """Train sparse autoencoders on them."""
+    trained_saes: str | None = Field(None, min_length=1)
+    """Instead of a training, SAEs that are there: the id of a training or an import, or the beginning of it."""
     features: ScoreFeaturesConfig | None = None
     """Score the features."""
     heads: HeadsConfig | None = None
@@ -174,10 +177,11 @@ def _check_sections(recipe: Recipe, place: str) -> None:
     for section, needed in _NEEDS.items():
         if getattr(recipe, section) is not None and not any(getattr(recipe, name) for name in needed):
             raise ConfigError(f"{place}: section {section!r} needs a section {' or '.join(map(repr, needed))}.")
-    if recipe.harvest and recipe.activations:
-        raise ConfigError(
-            f"{place} has both 'harvest' and 'activations' ({recipe.activations}); leave out one of them."
-        )
+    for section, given in (("harvest", "activations"), ("saes", "trained_saes")):
+        if getattr(recipe, section) and getattr(recipe, given):
+            raise ConfigError(
+                f"{place} has both {section!r} and {given!r} ({getattr(recipe, given)}); leave out one of them."
+            )
     _check_model(recipe, place)
     for section in ("patch", "circuits"):
         chosen = getattr(getattr(recipe, section), "tasks", None) or []

@@ -11,7 +11,7 @@ from mi_pipe.activations.training.source import OTHER, widths_of
 from mi_pipe.core.errors import ConfigError
 from mi_pipe.models.hook_points import HookMap
 from mi_pipe.saes.config import TrainSAEsConfig
-from mi_pipe.saes.planning import plan_sweep, start_of
+from mi_pipe.saes.planning import plan_sweep
 from mi_pipe.saes.sae_set import SAESet
 from stages.train_saes import Inputs
 
@@ -23,6 +23,8 @@ class Reads:
     activations: ActivationStore | None
     other: ActivationStore | None = None
     start: SAESet | None = None
+    saes: SAESet | None = None
+    """SAEs that are there instead of a training, for their features to be scored."""
 
 
 def check_sweep(asked: TrainSAEsConfig, reads: Reads, hooks: HookMap | None) -> None:
@@ -34,7 +36,7 @@ def check_sweep(asked: TrainSAEsConfig, reads: Reads, hooks: HookMap | None) -> 
     assert reads.activations is not None, "asked only if they exist"
     inputs = Inputs(None, None, reads.activations, reads.other, reads.start)
     specs = plan_sweep(asked, widths_of(inputs.source()), inputs.activations.id)
-    start_of(asked, inputs.start, inputs.activations.digest, specs)
+    inputs.beginning(asked, specs)
     for hook in dict.fromkeys(hook for spec in specs for hook in spec.sites.hooks):
         if hooks is None or hook.startswith(OTHER):
             continue

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from mi_pipe.activations.prompt_agreement import check_prompts
 from mi_pipe.activations.store import ActivationStore
-from mi_pipe.activations.training.source import JoinedStores, RowSource
+from mi_pipe.activations.training.source import JoinedStores, RowSource, widths_of
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage
@@ -156,7 +156,7 @@ def _n_units(saes: list[ScoredSAE], inputs: Inputs) -> int:
 
 def estimate(config: ScoreFeaturesConfig, inputs: Inputs) -> Estimate:
     """Return bytes from the SAEs' sizes and sparsity; units are those of the ledger, as far as known before."""
-    saes = scored_saes(inputs.saes, _checked_source(config, inputs))
+    saes = _scored(inputs, _checked_source(config, inputs))
     l0 = dict(zip(inputs.saes.names, inputs.saes.evaluation["l0"].to_numpy(float), strict=True))
     n_examples = config.n_top + config.n_quantiles * config.n_per_quantile
     example_bytes = _EXAMPLE_BYTES + _TOKEN_BYTES * (config.context_before + config.context_after + 1)
@@ -173,7 +173,7 @@ def estimate(config: ScoreFeaturesConfig, inputs: Inputs) -> Estimate:
 def run(config: ScoreFeaturesConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
     """Score the features; raises ConfigError before anything is computed if the inputs do not belong together."""
     source = _checked_source(config, inputs)
-    job = _Job(config, inputs, source, scored_saes(inputs.saes, source, tell=True), work)
+    job = _Job(config, inputs, source, _scored(inputs, source, tell=True), work)
     work.ledger.expect(job.n_units)
     _log_unknown(inputs)
     _encode(job)
@@ -188,6 +188,10 @@ def _checked_source(config: ScoreFeaturesConfig, inputs: Inputs) -> RowSource:
     if inputs.prompts is not None:
         check_prompts(inputs.activations, inputs.prompts)
     return inputs.activations if inputs.other is None else JoinedStores(inputs.activations, inputs.other)
+
+
+def _scored(inputs: Inputs, source: RowSource, tell: bool = False) -> list[ScoredSAE]:
+    return scored_saes(inputs.saes, widths_of(source), inputs.activations.id, tell)
 
 
 def _log_unknown(inputs: Inputs) -> None:

@@ -33,7 +33,7 @@ from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.saes.config import TrainSAEsConfig
 from mi_pipe.saes.grouping import largest_group_bytes, memory_groups, training_bytes, weight_bytes
 from mi_pipe.saes.held_out import IN_MODEL_COLUMNS, HeldOut, InModel
-from mi_pipe.saes.planning import plan_sweep, start_of
+from mi_pipe.saes.planning import Start, plan_sweep, start_of
 from mi_pipe.saes.sae_set import (
     CONFIG_FILE,
     DENSITIES_FILE,
@@ -82,11 +82,17 @@ class Inputs:
         """Return the rows; raises ConfigError if the stores' rows are not the same tokens."""
         return self.activations if self.other is None else JoinedStores(self.activations, self.other)
 
+    def beginning(self, config: TrainSAEsConfig, specs: list[SAESpec]) -> Start | None:
+        """Return where a training of `specs` goes on, if it does; raises ConfigError if `start` does not fit."""
+        stores = {"activations": self.activations, "other": self.other}
+        digests = {name: store.digest for name, store in stores.items() if store is not None}
+        return start_of(config, self.start, digests, specs)
+
 
 def estimate(config: TrainSAEsConfig, inputs: Inputs) -> Estimate:
     """Return the bytes of all weights and states and of two checkpoints of the largest group (both exist at times)."""
     specs = plan_sweep(config, widths_of(inputs.source()), inputs.activations.id)
-    start_of(config, inputs.start, inputs.activations.digest, specs)
+    inputs.beginning(config, specs)
     kept = sum(weight_bytes(spec) + config.keep_state * training_bytes(spec) for spec in specs)
     size = kept + 2 * largest_group_bytes(specs)
     n_sites = len({spec.sites for spec in specs})
@@ -97,7 +103,7 @@ def estimate(config: TrainSAEsConfig, inputs: Inputs) -> Estimate:
 def run(config: TrainSAEsConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
     """Train, save and evaluate the sweep; return the range of the main figures over the SAEs."""
     specs = plan_sweep(config, widths_of(inputs.source()), inputs.activations.id)
-    start_of(config, inputs.start, inputs.activations.digest, specs)
+    inputs.beginning(config, specs)
     held_out = _held_out(config, inputs)
     share = Share(config, inputs, work.folder, work.scratch)
     devices = config.devices
@@ -134,7 +140,7 @@ class Share:
     def training(self, specs: list[SAESpec]) -> SiteTraining:
         """Return the training of SAEs of the same sites."""
         inputs = self.inputs
-        start = start_of(self.config, inputs.start, inputs.activations.digest, specs)
+        start = inputs.beginning(self.config, specs)
         model = inputs.model.id if inputs.model is not None else model_id(inputs.activations) or ""
         return SiteTraining(self.config, inputs.source(), specs, self.folder, self.scratch, start, model)
 

@@ -5,7 +5,7 @@ massive at any of its hook points are left out, as in its training.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,20 +41,21 @@ class ScoredSAE:
         return found[-1] if found else ""
 
 
-def scored_saes(saes: SAESet, source: RowSource, tell: bool = False) -> list[ScoredSAE]:
-    """Return the SAEs that can be scored on `source`.
+def scored_saes(saes: SAESet, widths: Mapping[str, int], where: str, tell: bool = False) -> list[ScoredSAE]:
+    """Return the SAEs that can be scored on activations, given the width of each hook point that `where` (an id) holds.
 
     Those that read a second store are left out where there is none; the log says so if `tell`. Raises ConfigError if an
     SAE reads a hook point that is not stored, or is stored with another width, or if no SAE is left.
     """
     found, left_out = [], []
+    has_other = any(hook.startswith(OTHER) for hook in widths)
     for name in saes.names:
         config = saes.config_of(name)
         sites = Sites(**{key: tuple(value) for key, value in config["sites"].items()})
-        if any(hook.startswith(OTHER) for hook in sites.inputs) and not _has_other(source):
+        if any(hook.startswith(OTHER) for hook in sites.inputs) and not has_other:
             left_out.append(name)
             continue
-        _check_widths(name, sites, source)
+        _check_widths(name, sites, widths, where)
         found.append(ScoredSAE(name, sites, config["d_sae"]))
     told = f"no second store of activations (saes.other_store) is given, which {', '.join(left_out)} read"
     if not found:
@@ -64,20 +65,12 @@ def scored_saes(saes: SAESet, source: RowSource, tell: bool = False) -> list[Sco
     return found
 
 
-def _has_other(source: RowSource) -> bool:
-    return any(hook.startswith(OTHER) for hook in source.hooks)
-
-
-def _check_widths(name: str, sites: Sites, source: RowSource) -> None:
+def _check_widths(name: str, sites: Sites, widths: Mapping[str, int], where: str) -> None:
     for hook, width in zip(sites.inputs, sites.input_widths, strict=True):
-        if hook not in source.hooks:
-            raise ConfigError(
-                f"The SAE {name} reads {hook}, which {source.id} does not hold: it has {', '.join(source.hooks)}."
-            )
-        if width != source.width(hook):
-            raise ConfigError(
-                f"The SAE {name} reads vectors of width {width}; {hook} in {source.id} has {source.width(hook)}."
-            )
+        if hook not in widths:
+            raise ConfigError(f"The SAE {name} reads {hook}, which {where} does not hold: it has {', '.join(widths)}.")
+        if width != widths[hook]:
+            raise ConfigError(f"The SAE {name} reads vectors of width {width}; {hook} in {where} has {widths[hook]}.")
 
 
 def is_scored(source: RowSource, sites: Sites) -> Bool[np.ndarray, " row"]:

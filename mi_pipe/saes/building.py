@@ -47,7 +47,7 @@ def build_architecture(config: TrainSAEsConfig, spec: SAESpec) -> Architecture:
         case "matryoshka":
             return Matryoshka(k, config.n_steps, config.matryoshka_fractions)
         case "standard":
-            return Standard(sparsity)
+            return Standard(sparsity, spec.sites.output_widths)
         case "p_anneal":
             return PAnneal(sparsity, config.p_end)
         case "gated":

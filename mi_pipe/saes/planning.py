@@ -12,6 +12,9 @@ from mi_pipe.saes.sae_set import SAESet
 from mi_pipe.saes.sites import Sites
 from mi_pipe.saes.sweep import SAESpec, grid
 
+_KEPT = ("batch_rows", "data", "jumprelu", "matryoshka_fractions", "p_end", "skip")
+"""Options without which the state of a finished training means nothing to one that goes on from it."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -63,9 +66,12 @@ def _listed(value: Any) -> list[Any]:
 
 
 def start_of(
-    config: TrainSAEsConfig, before: SAESet | None, activations_digest: str, specs: list[SAESpec]
+    config: TrainSAEsConfig, before: SAESet | None, digests: Mapping[str, str], specs: list[SAESpec]
 ) -> Start | None:
-    """Return where to go on; raises ConfigError if that training is not of the same SAEs with fewer tokens."""
+    """Return where to go on, given the digests of the stores (`activations`, and `other` where there is one).
+
+    Raises ConfigError if that training is not of the same SAEs on the same rows with fewer tokens.
+    """
     if before is None:
         return None
     for spec in specs:
@@ -74,10 +80,18 @@ def start_of(
             raise ConfigError(f"saes.start_from: {before.id} has no {spec.name}, only {known}. Give the same options.")
         before.state_of(spec.name)
     old = TrainSAEsConfig.model_validate(before.manifest.config)
-    was = (old.batch_rows, old.data, before.inputs["activations"].digest)
-    if was != (config.batch_rows, config.data, activations_digest) or old.n_steps >= config.n_steps:
+    read = {name: ref.digest for name, ref in before.inputs.items() if name in ("activations", "other")}
+    differing = [name for name in _KEPT if getattr(config, name) != getattr(old, name)]
+    if read != digests:
+        differing.insert(0, "activations" if read["activations"] != digests["activations"] else "other_store")
+    if differing:
         raise ConfigError(
-            f"saes.start_from: {before.id} has {old.n_steps:,} steps of {old.batch_rows:,} rows; a training that goes "
-            f"on has the same activations, batch_rows and data, and more tokens (here {config.n_steps:,} steps)."
+            f"saes.start_from: {before.id} was trained with other {' and '.join(differing)}. A training goes on with "
+            f"the same {', '.join(('activations', *_KEPT))}."
+        )
+    if old.n_steps >= config.n_steps:
+        raise ConfigError(
+            f"saes.start_from: {before.id} has {old.n_steps:,} steps of {old.batch_rows:,} rows already; ask for more "
+            f"than these in n_tokens (here {config.n_steps:,} steps)."
         )
     return Start(old.n_steps, before.state_of)

@@ -164,7 +164,7 @@ def test_ctrl_c_says_what_is_safe_and_how_to_go_on(tmp_path):
     [
         (["harvest.hooks=[blocks.0.hook_resid_pots]"], 2, "blocks.0.hook_resid_post"),
         (["harvest.hooks=[blocks.7.hook_resid_post]"], 2, "layers 0 to 1, not 7"),
-        (["saes.hooks=[blocks.0.hook_resid_pre]"], 2, "saes.hooks names"),
+        (["saes.hooks=[blocks.0.hook_resid_pre]"], 2, "saes.hooks: harvest.hooks holds no activations of"),
         (["saes.kk=3"], 2, "unknown key 'saes.kk'"),
     ],
 )

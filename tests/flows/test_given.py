@@ -228,3 +228,45 @@ def test_rows_that_are_no_tokens_of_the_prompts_are_refused(command, llama, tmp_
     assert code == 1
     assert "Row 70 of" in only_line(err)
     assert "they belong to other prompts" in err
+
+
+def test_saes_that_are_there_are_scored_and_reported(command, dump, tmp_path):  # noqa: F811
+    file, tokens = dump
+    acts = command("import", file, "--tokens", tokens, "--hook", HOOK, "--model", "somebody's")[1].splitlines()[-1]
+    trained = write(tmp_path / "trained.yaml", activations=acts, saes=SAES, features=FEATURES)
+    assert command("run", trained, "--no-prefect")[0] == 0
+    made = ids(command("plan", trained, "--json")[1])
+    exported = command("export", made["saes"], "--to", "saelens", "--out", str(tmp_path / "out"))
+    assert exported[0] == 0, exported[2]
+    imported = command("import-saes", *map(str, (tmp_path / "out").iterdir()))[1].splitlines()[-1]
+
+    recipe = write(tmp_path / "r.yaml", activations=acts, trained_saes=imported, features=FEATURES, report={})
+    code, _, err = command("run", recipe, "--no-prefect")
+    assert code == 0, err
+    rows = {row["step"]: row for row in json.loads(command("plan", recipe, "--json")[1])}
+    assert list(rows) == ["activations", "trained_saes", "features", "report"]
+    assert rows["trained_saes"]["reason"] == "1 SAE"
+    of_import, of_training = (mi_pipe.open(name) for name in (rows["features"]["id"], made["features"]))
+    assert of_import.manifest.inputs["saes"].id == imported
+    ours, theirs = (found.features(found.names[0])["density"] for found in (of_training, of_import))
+    assert theirs.to_numpy() == pytest.approx(ours.to_numpy(), abs=2e-3), "the same SAE fires on the same rows"
+    assert "saes.html" in mi_pipe.open(rows["report"]["id"]).pages
+
+
+def test_saes_that_do_not_fit_are_refused_before_any_work(command, dump, llama, tmp_path):  # noqa: F811
+    file, tokens = dump
+    acts = command("import", file, "--tokens", tokens, "--hook", HOOK, "--model", "somebody's")[1].splitlines()[-1]
+    trained = write(tmp_path / "trained.yaml", activations=acts, saes=SAES)
+    assert command("run", trained, "--no-prefect")[0] == 0
+    saes = ids(command("plan", trained, "--json")[1])["saes"]
+    elsewhere = {"model": llama, "prompts": PROMPTS, "harvest": {**HARVEST, "hooks": ["blocks.0.hook_resid_post"]}}
+    cases = [
+        ({"activations": acts, "trained_saes": acts, "features": FEATURES}, "holds no SAEs"),
+        ({"activations": acts, "trained_saes": saes, "saes": SAES}, "has both 'saes' and 'trained_saes'"),
+        ({"model": llama, "trained_saes": saes}, "needs a section 'harvest' or 'activations'"),
+        ({**elsewhere, "trained_saes": saes, "features": FEATURES}, "which harvest.hooks does not hold"),
+    ]
+    for sections, message in cases:
+        code, out, err = command("run", write(tmp_path / "bad.yaml", **sections), "--no-prefect")
+        assert code == 2, (out, err)
+        assert message in only_line(err)

@@ -109,8 +109,8 @@ def test_mistakes_are_one_sentence_before_any_work(command, first, tmp_path):  #
         (given, {"hooks": [BOTH], "other_store": foreign["harvest"]}, "are other tokens than those of"),
         (given, {"other_store": first["prompts"]}, "saes.other_store: generate_prompts-"),
         (given, {"start_from": harvest}, "is no training of SAEs"),
-        (given, {"start_from": foreign["saes"]}, "has the same activations"),
-        ({"activations": foreign["harvest"]}, {"start_from": foreign["saes"]}, "and more tokens"),
+        (given, {"start_from": foreign["saes"]}, "was trained with other activations"),
+        ({"activations": foreign["harvest"]}, {"start_from": foreign["saes"]}, "ask for more"),
         ({"activations": foreign["harvest"]}, {"start_from": foreign["saes"], "k": 5}, "Give the same options"),
         (
             planned,

@@ -67,9 +67,10 @@ def matryoshka_loss(dense: Dense, k: int, prefixes: list[int]) -> tuple[Tensor, 
     return torch.stack([dense.mse(z, m) for m in prefixes]).mean(), z
 
 
-def standard_loss(dense: Dense, coefficient: float) -> tuple[Tensor, Tensor]:
+def standard_loss(dense: Dense, coefficient: float, hook_ends: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
     z = dense.pre.relu()
-    penalty = (z * dense.params["W_dec"].norm(dim=1)).sum()
+    parts = dense.params["W_dec"].tensor_split(hook_ends, dim=1)
+    penalty = (z * sum(part.norm(dim=1) for part in parts)).sum()
     return dense.mse(z) + coefficient * penalty / dense.target.numel(), z
 
 

@@ -97,6 +97,12 @@ def test_step_equals_dense_autograd(name, kind, d_in, d_sae, n_rows, k, n_dead, 
     assert_equal(ours, loss, leaves, z)
 
 
+def test_a_crosscoders_penalty_weighs_by_the_sum_of_norms_at_its_hook_points(monkeypatch):
+    crosscoder = (lambda k: Standard(FIXED, (3, 4, 1)), lambda it, k: dense.standard_loss(it, 0.7, (3, 7)))
+    monkeypatch.setitem(ARCHITECTURES, "crosscoder", crosscoder)
+    assert_equal(*both("crosscoder", d_in=8, d_sae=30, n_rows=7, k=4, n_dead=5, seed=2))
+
+
 def assert_equal(ours, loss, leaves, z):
     torch.testing.assert_close(ours.loss, loss, rtol=1e-10, atol=1e-12)
     assert int(ours.n_active) == int((z > 0).sum())

@@ -213,8 +213,11 @@ def test_a_continued_training_equals_one_that_never_stopped(shared, inputs):
 def test_a_training_cannot_go_on_from_one_that_does_not_fit(shared, inputs):
     short = trained(shared, inputs, **CONSTANT, n_tokens=256 * 40)
     going_on = train_saes.Inputs(inputs.model, inputs.prompts, inputs.activations, start=short)
-    with pytest.raises(ConfigError, match="more tokens"):
+    with pytest.raises(ConfigError, match="ask for more"):
         trained(shared, going_on, **CONSTANT, n_tokens=256 * 40, start_from=short.id)
+    wider = {**CONSTANT, "jumprelu": {"loss": "step", "bandwidth": 0.2}}
+    with pytest.raises(ConfigError, match="was trained with other jumprelu"):
+        trained(shared, going_on, **wider, n_tokens=256 * 90, start_from=short.id)
     with pytest.raises(ConfigError, match="Give the same options"):
         trained(shared, going_on, **{**CONSTANT, "architecture": "topk", "k": 5}, start_from=short.id)
 

@@ -74,7 +74,7 @@ class PAnneal(Penalised):
         """Return losses and gradients of a batch."""
         power = _Power(*(p_at(step, context.n_steps, self._p_end) for step in (context.step, context.step + 1)))
         coefficient = self.coefficient.at(context.step)
-        outcome = penalised_outcome(params, batch, context, coefficient, power, by_norm=False)
+        outcome = penalised_outcome(params, batch, context, coefficient, power)
         return replace(outcome, noted={"ratio": torch.tensor(power.ratio, dtype=torch.float64)})
 
     def observe(self, outcome: Outcome, n_rows: int) -> None:

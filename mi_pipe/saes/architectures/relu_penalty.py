@@ -1,9 +1,11 @@
 """The step that ReLU architectures share: z = ReLU(pre), and a penalty on each activation.
 
-loss = (Σ‖x - x̂‖² + λ Σ f(z_j) w_j) / (batch * d_out) + AuxK, with w_j = ‖W_dec,j‖ or 1.
+loss = (Σ‖x - x̂‖² + λ Σ f(z_j) w_j) / (batch * d_out) + AuxK, with w_j = 1 or the norm of feature j's decoder row; in
+a crosscoder the sum of its norms at the hook points (Lindsey et al., "Sparse crosscoders for cross-layer features and
+model diffing", 2024), by which a feature of one hook point alone costs no more than it would in an SAE.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +19,21 @@ Penalty = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def penalised_outcome(
-    params: Parameters, batch: Batch, context: StepContext, coefficient: float, penalty: Penalty, by_norm: bool
+    params: Parameters,
+    batch: Batch,
+    context: StepContext,
+    coefficient: float,
+    penalty: Penalty,
+    norm_widths: Sequence[int] = (),
 ) -> Outcome:
-    """Return losses and gradients of a batch; `by_norm` weighs a feature's penalty by its decoder row's norm."""
+    """Return losses and gradients of a batch.
+
+    Where `norm_widths` (of a decoder row's parts, which make up the row) are given, a feature's penalty is weighed by
+    the sum of its parts' norms.
+    """
     inputs, aux = params.centred(batch.x), context.aux(params)
     sums, n = ChunkSums(params, batch, inputs, aux), batch.target.numel()
-    norms = torch.linalg.vector_norm(params.W_dec, dim=1) if by_norm else torch.ones_like(params.b_enc)
+    weights = _sum_of_norms(params.W_dec, norm_widths) if norm_widths else torch.ones_like(params.b_enc)
     total = torch.zeros_like(params.b_enc)
     for rows, pre in encoded_chunks(params, inputs, context):
         aux.add(pre)
@@ -32,10 +43,28 @@ def penalised_outcome(
         difference = with_skip(params, part, decode(code, params.W_dec)).sub_(part.target)
         grad = difference * (2 / n)
         values, slopes = penalty(code.values)
-        slopes = products_at(code, grad, params.W_dec) + slopes * of_feature(code, norms * (coefficient / n))
+        slopes = products_at(code, grad, params.W_dec) + slopes * of_feature(code, weights * (coefficient / n))
         found = backward(params, code, slopes * (code.values > 0), inputs[rows], grad)
         sums.add(code, difference, grad, found, rows)
         total += sums_by_feature(code, values)
-    if by_norm:
-        sums.gradients.W_dec += (total * (coefficient / n) / norms)[:, None] * params.W_dec
-    return sums.outcome({"sparsity": (total * norms).sum() * (coefficient / n)})
+    if norm_widths:
+        _add_slope_of_norms(sums.gradients.W_dec, params.W_dec, norm_widths, total * (coefficient / n))
+    return sums.outcome({"sparsity": (total * weights).sum() * (coefficient / n)})
+
+
+def _sum_of_norms(W_dec: Tensor, widths: Sequence[int]) -> Tensor:  # noqa: N803 (the field's name)
+    norms = [torch.linalg.vector_norm(part, dim=1) for part in W_dec.split(list(widths), dim=1)]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
+
+
+def _add_slope_of_norms(
+    gradient: Tensor,
+    W_dec: Tensor,  # noqa: N803
+    widths: Sequence[int],
+    by_weight: Tensor,
+) -> None:
+    """Add to the decoder's gradient what it gets through the weights, given the loss's slopes by them."""
+    parts = zip(gradient.split(list(widths), dim=1), W_dec.split(list(widths), dim=1), strict=True)
+    for part_gradient, part in parts:
+        norms = torch.linalg.vector_norm(part, dim=1).clamp_min_(torch.finfo(part.dtype).tiny)
+        part_gradient.addcmul_((by_weight / norms)[:, None], part)

@@ -2,7 +2,8 @@
 
 Bricken et al., "Towards monosemanticity", 2023; the norms: Conerly et al., "Update on how we train SAEs", April 2024.
 loss = (Σ‖x - x̂‖² + λ Σ z_j ‖W_dec,j‖) / (batch * d_out) + AuxK. Decoder rows are free: shrinking z while W_dec grows
-gains nothing. Saved SAEs have the norms folded into the encoder, so that their rows are unit vectors too.
+gains nothing. In a crosscoder ‖W_dec,j‖ is the sum of the norms at the hook points. Saved SAEs have the norms folded
+into the encoder, so that their rows are unit vectors too.
 """
 
 from typing import ClassVar
@@ -71,6 +72,12 @@ class Standard(Penalised):
 
     has_unit_decoder = False
 
+    def __init__(self, sparsity: Sparsity, widths: tuple[int, ...] = ()) -> None:
+        """Weigh a feature by its decoder row's norm, or by the sum of its norms at hook points of `widths`."""
+        super().__init__(sparsity)
+        self._widths = widths
+
     def outcome(self, params: Parameters, batch: Batch, context: StepContext) -> Outcome:
         """Return losses and gradients of a batch."""
-        return penalised_outcome(params, batch, context, self.coefficient.at(context.step), l1, by_norm=True)
+        coefficient = self.coefficient.at(context.step)
+        return penalised_outcome(params, batch, context, coefficient, l1, self._widths or (params.W_dec.shape[1],))
