@@ -1,9 +1,22 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
-from mi_pipe.patching.metrics import effect_fraction, logit_diff, lost_fraction, recovered_fraction
+from mi_pipe.core.errors import ConfigError
+from mi_pipe.patching.metrics import (
+    METRIC_NAMES,
+    NO_TOKEN,
+    PairInfo,
+    effect_fraction,
+    find_metric,
+    logit_diff,
+    lost_fraction,
+    metric_of_logits,
+    metric_source,
+    recovered_fraction,
+)
 
 
 def test_logit_diff_of_a_worked_example():
@@ -26,3 +39,50 @@ def test_recovered_and_lost_add_up_to_one():
 def test_effect_fraction_follows_the_direction():
     assert effect_fraction(0.0, 3.0, -1.0, "denoising") == 0.25
     assert effect_fraction(0.0, 3.0, -1.0, "noising") == 0.75
+
+
+LOGITS = torch.tensor([[1.0, 2.5, -1.0, 0.0], [0.0, 4.0, 3.0, 1.0]], dtype=torch.float64)
+PAIRS = PairInfo(torch.tensor([[1, NO_TOKEN], [2, 3]]), torch.tensor([[0, 2], [1, NO_TOKEN]]), LOGITS.flip(0))
+
+
+def test_metrics_of_token_sets_of_a_worked_example():
+    p = np.exp(LOGITS.numpy()) / np.exp(LOGITS.numpy()).sum(1, keepdims=True)
+    right, wrong = np.array([p[0, 1], p[1, 2] + p[1, 3]]), np.array([p[0, 0] + p[0, 2], p[1, 1]])
+    wanted = {
+        "logit_diff": np.array([2.5 - (1.0 - 1.0) / 2, (3.0 + 1.0) / 2 - 4.0]),
+        "probability": right,
+        "prob_diff": right - wrong,
+        "loss": -np.log(right),
+        "kl": (p[::-1] * np.log(p[::-1] / p)).sum(1),
+    }
+    assert set(wanted) == set(METRIC_NAMES)
+    for name, values in wanted.items():
+        found = metric_of_logits(find_metric(name), LOGITS, PAIRS)
+        np.testing.assert_allclose(found.numpy(), values, rtol=1e-12, err_msg=name)
+
+
+def test_metrics_are_differentiable_with_finite_gradients():
+    for name in METRIC_NAMES:
+        logits = LOGITS.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda value, n=name: metric_of_logits(find_metric(n), value, PAIRS), logits)
+
+
+def first_logit(logits, pairs):
+    return logits[:, 0] * len(pairs.answers)
+
+
+def test_a_function_of_the_users_own_is_found_by_its_import_path():
+    metric = find_metric(f"{__name__}:first_logit")
+    assert metric.needs_all_logits
+    assert metric_of_logits(metric, LOGITS, PAIRS).tolist() == [2.0, 0.0]
+    assert metric_source(metric.name)
+    assert metric_source("kl") is None
+
+
+def test_unknown_metrics_are_answered_in_one_sentence():
+    with pytest.raises(ConfigError, match=r"no metric 'logit_dif'\. Did you mean 'logit_diff'"):
+        find_metric("logit_dif")
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        find_metric("no_such_module:metric")
+    with pytest.raises(ConfigError, match="not a function"):
+        find_metric("math:pi")
