@@ -22,6 +22,7 @@ VIEWS = {
     "score_features": "mi_pipe.features.feature_set:FeatureSet",
     "heads": "mi_pipe.attention.head_scores:HeadScores",
     "patch": "mi_pipe.patching.effects:PatchEffects",
+    "lenses": "mi_pipe.lenses.lens_readings:LensReadings",
     "circuits": "mi_pipe.circuits.circuit_set:CircuitSet",
     "report": "mi_pipe.report.site:Report",
 }

@@ -1,0 +1,1 @@
+"""Lenses: what the residual stream says of the next token at each depth."""

@@ -1,0 +1,1 @@
+"""Probes: what can be read from activations by a trained classifier or regressor."""
