@@ -270,4 +270,4 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Scalar]:
     return {**summary, "dead_fraction_max": max(row["dead_fraction"] for row in rows)}
 
 
-STAGE = Stage(name="train_saes", version=2, config=TrainSAEsConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="train_saes", version=3, config=TrainSAEsConfig, inputs=Inputs, run=run, estimate=estimate)

@@ -19,6 +19,7 @@ LOSS = {
     "sparsity": ("Loss: sparsity penalty", "sparsity", False),
     "gate": ("Loss: reconstruction by the gate alone", "gate", True),
     "auxk": ("Loss: dead features on the others' error (AuxK)", "AuxK", False),
+    "revival": ("Loss: thresholds of dead features", "thresholds", False),
 }
 OPTIMISATION = {
     "grad_norm": ("Norm of the gradient, before clipping", "gradient norm", True),

@@ -78,7 +78,7 @@ def trainer_settings(config: TrainSAEsConfig, spec: SAESpec, precision: Precisio
     """Return the settings of a spec's trainer."""
     rates, dead = config.optimisation, config.dead_features
     schedule = Schedule.of_budget(
-        peak=spec.lr or _only_rate(config) or default_lr(spec.d_sae),
+        peak=spec.lr or _only_rate(config) or default_lr(spec.d_sae, config.n_steps),
         n_steps=config.n_steps,
         warmup_steps=rates.warmup_steps,
         warmup_fraction=rates.warmup_fraction,

@@ -18,7 +18,8 @@ class OptimisationConfig(Config):
     """How fast the weights move."""
 
     lr: PositiveFloat | list[PositiveFloat] | None = None
-    """Adam's learning rate at its peak, or a list; None means 2e-4 / √(d_sae / 16384)."""
+    """Adam's learning rate at its peak, or a list; None means 2e-4 / √(d_sae / 16384), times √(8192 / steps) in
+    trainings of fewer steps; at most 5e-3."""
     warmup_steps: NonNegativeInt = 1000
     """Steps of linear rise at the start, unless `warmup_fraction` of all steps is less."""
     warmup_fraction: Fraction = 0.05

@@ -16,16 +16,22 @@ from mi_pipe.saes.parameters import Parameters, unit_rows_
 
 _REFERENCE_LR = 2e-4
 _REFERENCE_WIDTH = 2**14
+_REFERENCE_STEPS = 2**13
+_LARGEST_LR = 5e-3
 _BETAS = (0.9, 0.999)
 
 
-def default_lr(d_sae: int) -> float:
-    """Return 2e-4 / √(d_sae / 2^14), the rule of Gao et al. 2024 as sparsify and dictionary_learning use it.
+def default_lr(d_sae: int, n_steps: int) -> float:
+    """Return 2e-4 / √(d_sae / 2^14), times √(2^13 / n_steps) where a training has fewer than 2^13 steps; at most 5e-3.
 
-    >>> default_lr(2**14)
-    0.0002
+    The first factor is the rule of Gao et al. 2024 as sparsify and dictionary_learning use it, made for long trainings;
+    in a few hundred steps weights do not get far at that rate (docs/saes.md has the measurements).
+
+    >>> default_lr(2**14, 100_000), default_lr(2**14, 2**11)
+    (0.0002, 0.0004)
     """
-    return _REFERENCE_LR / math.sqrt(d_sae / _REFERENCE_WIDTH)
+    factor = max(1.0, math.sqrt(_REFERENCE_STEPS / n_steps))
+    return min(_LARGEST_LR, factor * _REFERENCE_LR / math.sqrt(d_sae / _REFERENCE_WIDTH))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mi_pipe.saes.sites import Sites
 from mi_pipe.saes.step import Batch
 from mi_pipe.saes.trainer import SAETrainer, StepFigures, below
 
-LOSS_PARTS = ("reconstruction", "sparsity", "gate", "auxk")
+LOSS_PARTS = ("reconstruction", "sparsity", "gate", "auxk", "revival")
 CURVE_COLUMNS = (
     *("sae", "step", "tokens", "loss", *LOSS_PARTS),
     *("fvu", "l0", "dead_fraction", "dense_fraction", "grad_norm", "lr", "coefficient", "threshold"),

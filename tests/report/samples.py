@@ -171,7 +171,14 @@ def _sweep(work: Workspace) -> None:
         work.write_json(f"saes/{sae}/config.json", {**config, "training": {"lr": None, "coefficient": None}})
         for step in (10, 20):
             row = {"sae": sae, "step": step, "tokens": step * 100, "fvu": 1 / step, "l0": k, "lr": 1e-3 / step}
-            losses = {"loss": 1.0, "reconstruction": 0.5, "sparsity": 0.5 * (kind != "topk"), "gate": 0.0, "auxk": 0.0}
+            losses = {
+                "loss": 1.0,
+                "reconstruction": 0.5,
+                "sparsity": 0.5 * (kind != "topk"),
+                "gate": 0.0,
+                "auxk": 0.0,
+                "revival": 0.0,
+            }
             more = {"dead_fraction": 0.0, "dense_fraction": 0.01, "grad_norm": k, "threshold": np.nan}
             curves.append({**row, **losses, **more, "coefficient": np.nan if kind == "topk" else 3.0 + step})
             held_out.append({**row, "ce_recovered": 0.9, "kl": 0.1})

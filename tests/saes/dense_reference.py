@@ -134,3 +134,11 @@ def jumprelu_loss(dense: Dense, coefficient: float, form: str, bandwidth: float,
         active = Count.apply(dense.pre, threshold, bandwidth).sum()
         penalty = active / n if form == "step" else (active / len(dense.x) / target - 1) ** 2
     return dense.mse(z) + coefficient * penalty, z
+
+
+def revival_loss(dense: Dense, dead: Tensor, coefficient: float) -> Tensor:
+    """JumpReLU's thresholds of dead features, which have to come down; part of what AuxK's coefficient switches on."""
+    threshold = dense.params.get("threshold")
+    if threshold is None or not coefficient:
+        return torch.zeros((), dtype=dense.x.dtype)
+    return 2 * threshold[dead].sum() / len(threshold)

@@ -76,7 +76,7 @@ def both(name: str, d_in, d_sae, n_rows, k, n_dead, seed, coefficient=0.5, kind=
     leaves = {key: value.clone().requires_grad_() for key, value in params.named().items()}
     plain = dense.Dense(leaves, x, target, params.subtract_b_dec)
     loss, z = loss_of(plain, k)
-    loss = loss + plain.auxk(z, dead, coefficient)
+    loss = loss + plain.auxk(z, dead, coefficient) + dense.revival_loss(plain, dead, coefficient)
     loss.backward()
     return ours, loss.detach(), leaves, z.detach()
 

@@ -16,9 +16,11 @@ def make(d_sae=6, d_in=4, seed=0):
     return params, grads
 
 
-def test_learning_rate_follows_the_width():
-    assert default_lr(2**14) == 2e-4
-    assert default_lr(2**12) == 4e-4
+def test_learning_rate_follows_the_width_and_the_length():
+    assert default_lr(2**14, 2**13) == default_lr(2**14, 10**6) == 2e-4
+    assert default_lr(2**12, 10**6) == 4e-4
+    assert default_lr(2**14, 2**9) == 8e-4
+    assert default_lr(2**14, 1) == 5e-3
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero():

@@ -50,12 +50,15 @@ def test_training_curve_states_fvu_over_the_interval():
     assert curve[1]["l0"] <= 2
 
 
+SLOW = {"lr": 3e-3}
+
+
 def test_auxk_brings_dead_features_back():
     rows, _ = planted(4096, d_in=16, n_features=24, n_active=3)
 
     def dead_after(coefficient):
         spec = spec_of("topk", 16, 3, 64)
-        group = make_group(rows, [spec], 400, 128, dead_features={"auxk_coefficient": coefficient})
+        group = make_group(rows, [spec], 400, 128, dead_features={"auxk_coefficient": coefficient}, optimisation=SLOW)
         group.trainers[spec.name].params.b_enc[:48] = -3.0
         return train(group, rows, 400, 128)[-1]["dead_fraction"]
 
@@ -69,7 +72,8 @@ def test_resampling_brings_dead_features_back():
 
     def dead_after(**options):
         spec = spec_of("topk", 16, 3, 64)
-        group = make_group(rows, [spec], 400, 128, dead_features={"auxk_coefficient": 0, **options})
+        dead_features = {"auxk_coefficient": 0, **options}
+        group = make_group(rows, [spec], 400, 128, dead_features=dead_features, optimisation=SLOW)
         group.trainers[spec.name].params.b_enc[:48] = -3.0
         return train(group, rows, 400, 128)[-1]["dead_fraction"]
 

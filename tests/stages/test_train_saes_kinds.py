@@ -189,7 +189,7 @@ def test_several_devices_make_the_bytes_of_one(inputs, every, tmp_path):
 CONSTANT = {
     "hooks": [FIRST],
     "architecture": ["topk", "standard", "jumprelu"],
-    "optimisation": {"warmup_steps": 0, "decay_fraction": 0},
+    "optimisation": {"lr": 1e-3, "warmup_steps": 0, "decay_fraction": 0},
     "sparsity": {"warmup_fraction": 0, "coefficient": 2.0},
     "jumprelu": {"loss": "step"},
     "dead_features": {"window_tokens": 1000},

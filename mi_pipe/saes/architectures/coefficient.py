@@ -50,6 +50,11 @@ class Coefficient:
         """Whether it follows a target."""
         return self._sparsity.coefficient is None
 
+    def begin(self, value: float) -> None:
+        """Begin at a value, if this is led to a target and the value is above 0."""
+        if self.is_led and value > 0:
+            self._value.fill_(value)
+
     def at(self, step: int) -> float:
         """Return the coefficient of a step counted from 0."""
         return float(self._value) * min(1.0, (step + 1) / max(1, self._sparsity.warmup_steps))

@@ -10,7 +10,9 @@ sparsity); `step`, λ Σ 1[z > 0] / (batch * d_out); `tanh`, λ Σ tanh(c z) / (
 "Dictionary learning optimization techniques", January 2025). All with unit decoder rows and AuxK.
 
 θ begins where the first batch has START_FACTOR times the target's features, and moves at THRESHOLD_LR times the others'
-learning rate: it is of order 1 where weights are of order 1/√d.
+learning rate: it is of order 1 where weights are of order 1/√d. No derivative reaches the θ of a feature that has left
+the window, so that features would only ever leave: a loss (2 / d_sae) Σ θ_j over the dead ones brings them back, in the
+place of the pre-activation loss of Conerly et al.
 """
 
 from typing import Literal
@@ -32,6 +34,8 @@ START_FACTOR = 1
 THRESHOLD_LR = 30.0
 BANDWIDTH = 0.5
 _TANH_SCALE = 4.0
+_REVIVAL = 2.0
+"""Weight of the mean threshold of dead features in the loss."""
 
 
 class JumpReLU(Penalised):
@@ -69,7 +73,11 @@ class JumpReLU(Penalised):
         sparsity, slope = self._sparsity(sums.n_active, tanh_sum, batch, context)
         assert sums.gradients.threshold is not None, "they have the parameters' tensors"
         sums.gradients.threshold -= n_near * (slope / self._bandwidth)
-        return sums.outcome({"sparsity": sparsity})
+        penalties = {"sparsity": sparsity}
+        if len(context.dead) and context.auxk_coefficient:
+            sums.gradients.threshold[context.dead] += _REVIVAL / params.d_sae
+            penalties["revival"] = params.threshold[context.dead].sum() * (_REVIVAL / params.d_sae)
+        return sums.outcome(penalties)
 
     def constrain(self, params: Parameters) -> None:
         """Keep thresholds at or above 0."""

@@ -19,8 +19,13 @@ from mi_pipe.saes.inference import InferenceRule
 from mi_pipe.saes.parameters import Parameters
 from mi_pipe.saes.step import Batch, Outcome, StepContext
 
-START_FACTOR = 4
+START_FACTOR = 3
 """How many times the target's features are active at first."""
+_COEFFICIENT_A_BOUND = 0.7
+"""Where a coefficient begins that is led, a unit of the pre-activation that the target's features exceed at first.
+
+What L1 takes from each activation is in proportion to the coefficient, so it has to be of their order.
+"""
 
 
 def l1(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +37,7 @@ class Penalised(Architecture):
     """An architecture with a sparsity penalty, and a coefficient that may be led to a target."""
 
     first_coefficient: ClassVar[float] = 3.0
-    """Where a coefficient begins that is led: what L1 comes to on residual streams, to within a factor of 3."""
+    """Where a coefficient begins that is led and that no first batch has set."""
 
     def __init__(self, sparsity: Sparsity) -> None:
         """Become as sparse as `sparsity` says."""
@@ -40,9 +45,11 @@ class Penalised(Architecture):
         self.coefficient = Coefficient(sparsity, self.first_coefficient)
 
     def prepare(self, params: Parameters, batch: Batch) -> None:
-        """Let some times the target's features be active at first, by the encoder's bias."""
-        if self.sparsity.target_l0 is not None:
-            params.b_enc.fill_(-bound_for(params, batch, START_FACTOR * self.sparsity.target_l0))
+        """Let some times the target's features be active at first, by the encoder's bias; begin the coefficient."""
+        target = self.sparsity.target_l0
+        if target is not None:
+            self.coefficient.begin(_COEFFICIENT_A_BOUND * bound_for(params, batch, target))
+            params.b_enc.fill_(-bound_for(params, batch, START_FACTOR * target))
 
     def observe(self, outcome: Outcome, n_rows: int) -> None:
         """Let the coefficient follow."""
