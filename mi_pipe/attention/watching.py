@@ -3,7 +3,7 @@
 Patterns exist only where attention is computed step by step, so they come from TransformerLens' bridge.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from mi_pipe.models.hook_points import HookMap
 from mi_pipe.models.model import Model, as_logits
 
 PatternListener = Callable[[int, Float[Tensor, "batch head query key"]], None]
+Change = Callable[[Tensor], Tensor | None]
 
 
 def pattern_hook(layer: int) -> str:
@@ -34,16 +35,25 @@ def check_patterns(hooks: HookMap, n_layers: int) -> None:
 
 @torch.no_grad()
 def watch_patterns(
-    model: Model, tokens: Int[Tensor, "batch pos"], listener: PatternListener
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    listener: PatternListener,
+    also: Mapping[str, Change] | None = None,
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Run the bridge, call `listener(layer, pattern)` for every layer, and return the logits.
 
     pattern[b, h, q, k] is the share of attention that head h pays at position q to position k; rows sum to 1.
+    `also` has functions that are called with the value at further hook points of the bridge, and may change it.
     """
 
     def pass_on(value: Tensor, hook: Any, layer: int) -> None:
         del hook
         listener(layer, value.detach())
 
-    hooks = [(pattern_hook(layer), partial(pass_on, layer=layer)) for layer in range(model.info.n_layers)]
+    def change(value: Tensor, hook: Any, edit: Change) -> Tensor | None:
+        del hook
+        return edit(value)
+
+    hooks: list[tuple[str, Any]] = [(name, partial(change, edit=edit)) for name, edit in (also or {}).items()]
+    hooks += [(pattern_hook(layer), partial(pass_on, layer=layer)) for layer in range(model.info.n_layers)]
     return as_logits(model.bridge.run_with_hooks(tokens.to(model.device), fwd_hooks=hooks))
