@@ -32,7 +32,7 @@ from stages.heads_plan import HeadsConfig, HeadsPlan, TaskPlan, batch_key
 from stages.heads_units import REFUSED, Arrays, Units
 
 _PLACES = ("from", "to")
-_BY_PART = {"head": ("layer", "head"), "attn_bias": ("layer",), "mlp": ("layer",)}
+_BY_PART = {"heads": ("layer", "head"), "attn_bias": ("layer",), "mlps": ("layer",)}
 _NUMBERED = ("layer", "head", "later_layer", "later_head")
 _DTYPE = np.float32
 
@@ -68,7 +68,7 @@ class HeadsFiles:
         if task is not None:
             columns |= place_evidence(self._chunks(task, "places"), list(_places(task)))
             if self._is_attributed(task):
-                columns["logit_share"] = logit_share(self._chunks(task, "head"), self._chunks(task, "logit_diff"))
+                columns["logit_share"] = logit_share(self._chunks(task, "heads"), self._chunks(task, "logit_diff"))
         return with_columns(scores, columns)
 
     def write(self, scores: pd.DataFrame, evidence: pd.DataFrame) -> dict[str, Scalar]:
@@ -168,7 +168,7 @@ class HeadsFiles:
         dataset.assign_coords(numbers).to_zarr(self.work.path(name), mode="w", zarr_format=3, consolidated=False)
 
     def _is_attributed(self, task: TaskPlan) -> bool:
-        return "head" in self._first(task)
+        return "heads" in self._first(task)
 
     def _first(self, task: TaskPlan) -> Arrays:
         return self.units.read(task.key(task.chunks[0]))

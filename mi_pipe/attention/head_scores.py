@@ -59,6 +59,8 @@ class HeadScores(Artifact):
 
     def classes(self, name: str | None = None) -> pd.DataFrame:
         """Return one row a head: `classes`, `candidate_for` and the evidence; or the members of one class alone."""
+        if CLASSES_FILE not in self.manifest.files:
+            raise ConfigError(f"{self.id} has no classes of heads; an earlier version of the stage made it.")
         table = self.read_table(CLASSES_FILE)
         if name is None:
             return table
@@ -76,7 +78,7 @@ class HeadScores(Artifact):
     @property
     def refused(self) -> dict[str, str]:
         """What could not be measured of this model, and why."""
-        return self.read_json(CRITERIA_FILE)["refused"]
+        return self.read_json(CRITERIA_FILE)["refused"] if CRITERIA_FILE in self.manifest.files else {}
 
     def composition(self, above_random: bool = False) -> xr.DataArray:
         """Return composition of all pairs of heads (kind, layer, head, later_layer, later_head), NaN where not later.
@@ -92,7 +94,7 @@ class HeadScores(Artifact):
     def attribution(self, task: str) -> xr.Dataset:
         """Return what each component writes to the logit difference of a task's clean prompts, by pair.
 
-        Variables: `head` (pair, layer, head), `attn_bias`, `mlp` (pair, layer), `embed`, `pos_embed`, `bias`, which
+        Variables: `heads` (pair, layer, head), `attn_bias`, `mlps` (pair, layer), `embed`, `pos_embed`, `bias`, which
         sum to `logit_diff` (pair).
         """
         return self._of_task(ATTRIBUTION_FOLDER, task)
@@ -105,6 +107,16 @@ class HeadScores(Artifact):
         found = self._of_task(ATTENTION_FOLDER, task)
         places = {axis: found.attrs["place"] for axis in ("from", "to") if "places" in found}
         return found.assign_coords(habit=found.attrs["habit"], **places)
+
+    @property
+    def attributed_tasks(self) -> list[str]:
+        """Tasks that have direct logit attribution."""
+        return self._tasks_in(ATTRIBUTION_FOLDER)
+
+    @property
+    def attended_tasks(self) -> list[str]:
+        """Tasks on whose prompts attention was measured."""
+        return self._tasks_in(ATTENTION_FOLDER)
 
     @property
     def tasks(self) -> list[str]:

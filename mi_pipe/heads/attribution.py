@@ -45,9 +45,9 @@ class Attribution:
     """What enters the first block, less the position embedding."""
     pos_embed: Float[np.ndarray, " pair"]
     """0 where positions are not embedded."""
-    head: Float[np.ndarray, "pair layer head"]
+    heads: Float[np.ndarray, "pair layer head"]
     attn_bias: Float[np.ndarray, "pair layer"]
-    mlp: Float[np.ndarray, "pair layer"]
+    mlps: Float[np.ndarray, "pair layer"]
     """0 where there are none."""
     bias: Float[np.ndarray, " pair"]
     logit_diff: Float[np.ndarray, " pair"]
@@ -56,7 +56,7 @@ class Attribution:
     @property
     def total(self) -> Float[np.ndarray, " pair"]:
         """The sum of all contributions."""
-        by_layer = self.head.sum((1, 2)) + self.attn_bias.sum(1) + self.mlp.sum(1)
+        by_layer = self.heads.sum((1, 2)) + self.attn_bias.sum(1) + self.mlps.sum(1)
         return self.embed + self.pos_embed + by_layer + self.bias
 
 
@@ -85,16 +85,16 @@ def attribute_logit_diff(
     norm = measure_norm(model.final_norm, values["ln_final.hook_in"])
     wanted = token_directions(model, answer) - token_directions(model, wrong)
     direction = norm.transposed(wanted).double()
-    head, attn_bias = _attention(model, values, direction)
+    heads, attn_bias = _attention(model, values, direction)
     positions = direction.new_zeros(len(direction)) if seen.positions is None else direction @ seen.positions.double()
     logits = values["unembed.hook_out"].double()
     bias = (norm.bias * wanted).double().sum(-1) + (token_biases(model, answer) - token_biases(model, wrong)).double()
     found = Attribution(
         embed=_numpy(_project(values["blocks.0.hook_resid_pre"], direction) - positions),
         pos_embed=_numpy(positions),
-        head=_numpy(head),
+        heads=_numpy(heads),
         attn_bias=_numpy(attn_bias),
-        mlp=_numpy(_mlps(model, values, direction)),
+        mlps=_numpy(_mlps(model, values, direction)),
         bias=_numpy(bias),
         logit_diff=_numpy((logits.gather(1, answer[:, None]) - logits.gather(1, wrong[:, None])).squeeze(1)),
     )

@@ -1,4 +1,4 @@
-"""The page of head scores: a heatmap of every score over layers and heads, and the strongest heads of each."""
+"""The page of heads: classes with evidence, a heatmap of every score, attribution, attention and composition."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mi_pipe.core.artifact import Artifact
+from mi_pipe.attention.head_scores import HeadScores
 from mi_pipe.report.figures import Figure
+from mi_pipe.report.head_evidence import evidence
 from mi_pipe.report.heatmaps import heatmap
 from mi_pipe.report.html import slug
 from mi_pipe.report.naming import name_of
@@ -17,13 +18,13 @@ _N_TOP = 10
 _KEYS = ("layer", "head")
 
 
-def page(artifacts: Sequence[Artifact]) -> Page:
+def page(artifacts: Sequence[HeadScores]) -> Page:
     """Make the page of head scores."""
     sections = [_section(artifact, len(artifacts) > 1) for artifact in artifacts]
     return Page(
         context={"sections": [context for context, _, _ in sections]},
         figures=[figure for _, figures, _ in sections for figure in figures],
-        tables={f"scores-{context['slug']}": table for context, _, table in sections},
+        tables={name: table for _, _, tables in sections for name, table in tables.items()},
     )
 
 
@@ -41,7 +42,9 @@ def strongest(table: pd.DataFrame, score: str, n: int = _N_TOP) -> list[dict[str
     ]
 
 
-def _section(artifact: Artifact, is_one_of_many: bool) -> tuple[dict[str, Any], list[Figure], pd.DataFrame]:
+def _section(
+    artifact: HeadScores, is_one_of_many: bool
+) -> tuple[dict[str, Any], list[Figure], dict[str, pd.DataFrame]]:
     table = artifact.read_table("scores.parquet")
     stem = slug(artifact.id)
     figures = [_heatmap(table, score, stem) for score in score_names(table)]
@@ -55,7 +58,8 @@ def _section(artifact: Artifact, is_one_of_many: bool) -> tuple[dict[str, Any], 
             for score, figure in zip(score_names(table), figures, strict=True)
         ],
     }
-    return context, figures, table
+    more = evidence(artifact)
+    return {**context, **more.context}, [*figures, *more.figures], {f"scores-{stem}": table, **more.tables}
 
 
 def _heatmap(table: pd.DataFrame, score: str, stem: str) -> Figure:

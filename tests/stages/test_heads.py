@@ -9,12 +9,22 @@ from mi_pipe.attention.head_scores import HeadScores
 from mi_pipe.core.errors import ConfigError, PromptError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
+from mi_pipe.heads.attribution import attribute_logit_diff
+from mi_pipe.heads.classes import Thresholds
+from mi_pipe.heads.composition import composition
+from mi_pipe.heads.prompt_attention import measure_attention, place_positions
+from mi_pipe.models.head_weights import head_weights
 from stages import heads as stage
 from stages.heads import STAGE, HeadsConfig, Inputs
 from tests.stages.killed import resume_after_kill
 from tests.stages.toys import toy_corpus, toy_model, toy_task
 
-CONFIG = HeadsConfig(n_sequences=4, period=10, n_pattern_prompts=3, device="cpu", batch_tokens=40)
+CONFIG = HeadsConfig(n_sequences=4, period=10, prefix_period=5, n_pattern_prompts=3, device="cpu", batch_tokens=40)
+PLACES = {"io": 1, "s1": 2, "s2": 4, "end": -1}
+# A random toy does nothing well: thresholds low enough that there are name movers to steer.
+NAMED = CONFIG.model_copy(
+    update={"thresholds": Thresholds(prompts=0.05, subject=0.05, logit_share=0.001, copying=0.01), "name_pairs": 4}
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +116,91 @@ def test_prompts_longer_than_the_context_are_refused(store, inputs):
 def test_killed_heads_continue_and_end_with_the_same_bytes(tmp_path, heads, inputs):
     result = resume_after_kill(stage, CONFIG, inputs, Store(tmp_path / "other"), at=4)
     assert result.artifact.digest == heads.digest
+
+
+@pytest.fixture(scope="module")
+def named(store, inputs) -> HeadScores:
+    task = toy_task(store, inputs.model, places=PLACES)
+    found = mi_pipe.open(execute(STAGE, NAMED, Inputs(model=inputs.model, tasks=[task]), store).artifact.path)
+    assert isinstance(found, HeadScores)
+    return found
+
+
+@pytest.fixture(scope="module")
+def named_task(store, inputs):
+    return toy_task(store, inputs.model, places=PLACES)
+
+
+def test_composition_is_read_by_kind_and_pair(heads, inputs):
+    found, model = heads.composition(), inputs.model.load("cpu")
+    assert found.dims == ("kind", "layer", "head", "later_layer", "later_head")
+    weights = [head_weights(model, layer) for layer in range(2)]
+    for kind in "qkv":
+        np.testing.assert_array_equal(found.sel(kind=kind).to_numpy(), composition(weights, kind).numpy())
+    assert np.isnan(found.sel(layer=1)).all()
+    above = heads.composition(above_random=True)
+    assert float(above.mean()) == pytest.approx(float(found.mean()) - found.attrs["random_mean"], abs=1e-6)
+
+
+def test_attribution_and_attention_are_in_the_order_of_the_pairs(named, named_task, inputs):
+    model = inputs.model.load("cpu")
+    attribution, attention = named.attribution("ioi"), named.attention("ioi")
+    assert attention["places"].dims == ("pair", "layer", "head", "from", "to")
+    assert list(attention["to"].to_numpy()) == ["io", "s1", "s1_next", "s2", "end"]
+    for group in named_task.pair_groups():
+        of_group = attribution.sel(pair=group.pairs)
+        expected = attribute_logit_diff(model, group.clean, group.answer, group.wrong)
+        np.testing.assert_allclose(of_group["heads"], expected.heads, atol=1e-5)
+        np.testing.assert_allclose(of_group["logit_diff"], expected.logit_diff, atol=1e-5)
+        places = np.stack(list(place_positions(group.places).values()), 1)
+        measured = measure_attention(model, group.clean, places)
+        np.testing.assert_allclose(attention["places"].sel(pair=group.pairs), measured.places, atol=1e-6)
+        np.testing.assert_allclose(attention["habits"].sel(pair=group.pairs), measured.habits, atol=1e-5)
+
+
+def test_stored_contributions_sum_to_the_logit_difference(named):
+    found = named.attribution("ioi")
+    by_layer = found["heads"].sum("head") + found["attn_bias"] + found["mlps"]
+    total = by_layer.sum("layer") + found["embed"] + found["pos_embed"] + found["bias"]
+    np.testing.assert_allclose(total, found["logit_diff"], atol=1e-4)
+
+
+def test_classes_show_their_evidence(named):
+    classes = named.classes()
+    assert len(classes) == 2 * 4
+    attended = named.attention("ioi")["places"].sel({"from": "end", "to": "io"}).mean("pair")
+    np.testing.assert_allclose(classes["end_to_io"], attended.to_numpy().ravel(), atol=1e-6)
+    attribution = named.attribution("ioi")
+    share = attribution["heads"].mean("pair") / abs(float(attribution["logit_diff"].mean()))
+    np.testing.assert_allclose(classes["logit_share"], share.to_numpy().ravel(), atol=1e-5)
+    movers = named.classes("name_mover")
+    assert len(movers) > 0
+    assert (movers["logit_share"] >= 0.001).all()
+    assert named.summary["name_mover_heads"] == ", ".join(f"{a}.{b}" for a, b in movers[["layer", "head"]].to_numpy())
+    measured = classes["name_mover_attention_loss"].notna()
+    assert measured.any(), "heads before the name movers were exchanged"
+    assert (classes.loc[measured, "layer"] == 0).all()
+    assert (classes.loc[measured, "end_to_s2"] >= 0.05).all()
+    with pytest.raises(ConfigError, match="Did you mean 'name_mover'"):
+        named.classes("name_movr")
+
+
+def test_scores_have_copying_and_prefix_matching(heads, named):
+    more = ["prefix_matching", "sequence_copying", "ov_eigenvalue_copying", "full_ov_eigenvalue_copying"]
+    assert heads.score_names[5:] == more
+    assert named.score_names[5:] == [*more, "name_copying", "negative_name_copying"]
+    assert heads.grid("sequence_copying").sizes == {"layer": 2, "head": 4}
+
+
+def test_a_task_without_names_has_attention_and_attribution(heads):
+    assert heads.attended_tasks == heads.attributed_tasks == ["induction", "induction-2"]
+    assert "places" not in heads.attention("induction")
+    with pytest.raises(ConfigError, match="no attribution of task 'ioi'"):
+        heads.attribution("ioi")
+
+
+def test_a_killed_last_unit_is_done_again(tmp_path, named, named_task, inputs, store):
+    given = Inputs(model=inputs.model, tasks=[named_task])
+    last = stage.estimate(NAMED, given).n_units - 1
+    result = resume_after_kill(stage, NAMED, given, Store(tmp_path / "other"), at=last)
+    assert result.artifact.digest == named.digest

@@ -49,8 +49,13 @@ def toy_model(store: Store, d_vocab: int = 64, n_ctx: int = 64, attn_only: bool 
     return TrainedModel(publish(store, "train_model", name, fill, fields))
 
 
-def toy_task(store: Store, model: TrainedModel, n_pairs: int = 7, seed: int = 0) -> PromptSet:
-    """Return pairs of random tokens of two lengths that differ from position 2 on."""
+def toy_task(
+    store: Store, model: TrainedModel, n_pairs: int = 7, seed: int = 0, places: dict[str, int] | None = None
+) -> PromptSet:
+    """Return pairs of random tokens of two lengths that differ from position 2 on.
+
+    With `places` (name to position) it is a task of family `ioi`.
+    """
     rng = np.random.default_rng(seed)
     prompts, rows = [], []
     for pair in range(n_pairs):
@@ -65,7 +70,10 @@ def toy_task(store: Store, model: TrainedModel, n_pairs: int = 7, seed: int = 0)
     frame = pd.DataFrame(rows).assign(answer_id=answers, wrong_id=(answers + 9) % 64)
     frame["answer"] = [f" {i}" for i in frame["answer_id"]]
     frame["wrong"] = [f" {i}" for i in frame["wrong_id"]]
-    return _prompt_set(store, f"{seed:08x}{n_pairs:08x}", "induction", prompts, frame)
+    for name, position in (places or {}).items():
+        frame[f"pos_{name}"] = pd.array([position if position >= 0 else n - 1 for n in frame["n_tokens"]], "Int32")
+    family = "ioi" if places else "induction"
+    return _prompt_set(store, f"{int(bool(places))}{seed:07x}{n_pairs:08x}", family, prompts, frame)
 
 
 def toy_corpus(store: Store, model: TrainedModel) -> PromptSet:
