@@ -11,6 +11,7 @@
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -18,6 +19,8 @@ from mi_pipe.attribution.nodes import Site
 from mi_pipe.core.errors import ConfigError
 from mi_pipe.models.info import ModelInfo
 
+MLPs = Literal["recomputed", "frozen"]
+"""Whether paths may go through MLPs."""
 SenderKind = Literal["embed", "head", "mlp"]
 ReceiverKind = Literal["q", "k", "v", "mlp", "logits"]
 _SENDER = re.compile(r"embed|a(?P<attn>\d+)\.h(?P<head>\d+)|m(?P<mlp>\d+)")
@@ -112,6 +115,16 @@ def every_sender(info: ModelInfo) -> list[Sender]:
         found += [Sender("head", layer, head) for head in range(info.n_heads)]
         found += [] if info.attn_only else [Sender("mlp", layer)]
     return found
+
+
+def check_path(senders: Sequence[Sender], receivers: Sequence[Receiver], info: ModelInfo) -> None:
+    """Raise ConfigError for a path that does not exist."""
+    if not senders or not receivers:
+        raise ConfigError("A path needs at least one sender and one receiver.")
+    if any(receiver.kind == "logits" for receiver in receivers) and len(receivers) > 1:
+        raise ConfigError("The logits receive alone: set to what they were, they leave nothing to other receivers.")
+    for node in (*senders, *receivers):
+        node.check(info)
 
 
 def _check(name: str, layer: int, head: int, n_heads: int, info: ModelInfo, *, is_mlp: bool) -> None:

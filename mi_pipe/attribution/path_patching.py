@@ -14,7 +14,7 @@ are rows of one batch. Step 2 and 3 are whole forward passes: two for each sende
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,12 +23,9 @@ from torch import Tensor
 from mi_pipe.attribution.atp import PairTokens
 from mi_pipe.attribution.attention_calls import AttentionCall, listening_to_attention
 from mi_pipe.attribution.nodes import Site, sites_of
-from mi_pipe.attribution.path_nodes import Receiver, Sender
+from mi_pipe.attribution.path_nodes import MLPs, Receiver, Sender, check_path
 from mi_pipe.attribution.recording import NodeRun, last_logits, run_nodes
-from mi_pipe.core.errors import ConfigError
 from mi_pipe.models.model import Edit, Model
-
-MLPs = Literal["recomputed", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class PathPatcher:
 
         Raises ConfigError if the logits receive beside others, or the model has no such sender or receiver.
         """
-        check_path(senders, receivers, self.model)
+        check_path(senders, receivers, self.model.info)
         n_pairs = len(self.pairs.base)
         pair = torch.arange(n_pairs, device=self.pairs.base.device).repeat(len(senders))
         sender = torch.arange(len(senders), device=pair.device).repeat_interleave(n_pairs)
@@ -91,16 +88,6 @@ class PathPatcher:
             return self.metric(logits, pair)
         with isolated.receiving():
             return self.metric(last_logits(self.model, tokens), pair)
-
-
-def check_path(senders: Sequence[Sender], receivers: Sequence[Receiver], model: Model) -> None:
-    """Raise ConfigError for a path that does not exist."""
-    if not senders or not receivers:
-        raise ConfigError("A path needs at least one sender and one receiver.")
-    if any(receiver.kind == "logits" for receiver in receivers) and len(receivers) > 1:
-        raise ConfigError("The logits receive alone: set to what they were, they leave nothing to other receivers.")
-    for node in (*senders, *receivers):
-        node.check(model.info)
 
 
 class _Isolated:
