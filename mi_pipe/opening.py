@@ -23,6 +23,8 @@ VIEWS = {
     "heads": "mi_pipe.attention.head_scores:HeadScores",
     "patch": "mi_pipe.patching.effects:PatchEffects",
     "lenses": "mi_pipe.lenses.lens_readings:LensReadings",
+    "probes": "mi_pipe.probes.probe_set:ProbeSet",
+    "attribute": "mi_pipe.attribution.attributions:Attributions",
     "circuits": "mi_pipe.circuits.circuit_set:CircuitSet",
     "report": "mi_pipe.report.site:Report",
 }
