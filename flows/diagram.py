@@ -2,7 +2,8 @@
 
     train_model ──► (model)
     generate_prompts ──► harvest ──► train_saes ──► score_features ──┐
-          └──────────► heads, patch, circuits ──────────────────────┴──► report
+          │                 └──────► lenses, probes ─────────────────┤
+          └──────────► heads, patch, attribute, circuits ───────────┴──► report
 
 Instead of a harvest, activations that exist may be given, and instead of a training SAEs; so may a second store of the
 same tokens, and a training to go on from.
@@ -24,11 +25,14 @@ from mi_pipe.core.stage import Stage, stage_id
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import ModelHandle, resolve_model
 from stages import (
+    attribute,
     circuits,
     generate_prompts,
     harvest,
     heads,
+    lenses,
     patch,
+    probes,
     report,
     score_features,
     train_model,
@@ -95,6 +99,9 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
     if recipe.patch:
         for name in recipe.patch.tasks or tasks:
             step(patch.STAGE, recipe.patch, f"patch.{name}", model=model, task=tasks[name])
+    if recipe.attribution:
+        for name in recipe.attribution.tasks or tasks:
+            step(attribute.STAGE, recipe.attribution, f"attribution.{name}", model=model, task=tasks[name])
     if recipe.circuits:
         for name in recipe.circuits.tasks or tasks:
             step(circuits.STAGE, recipe.circuits, f"circuits.{name}", model=model, task=tasks[name])
@@ -103,6 +110,7 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
     if recipe.activations:
         acts = given_activations(recipe.activations, store, model.id if model else None)
         text = text or known_prompts(acts, store)
+    _readings(recipe, step, list(tasks.values()), {"model": model, "activations": acts, "prompts": text})
     other = _other(recipe, store)
     saes = given_saes(recipe.trained_saes, store) if recipe.trained_saes else None
     read = {"model": model, "activations": acts, "other": other}
@@ -117,6 +125,16 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
         given = [item for item in (text, acts, other, saes) if isinstance(item, Artifact)]
         steps.append(_report(recipe, [*given, *steps]))
     return steps
+
+
+def _readings(recipe: Recipe, step: Any, tasks: list[Step], read: dict[str, Any]) -> None:
+    """Wire lenses and probes; what a config does not make them read is not in their ids."""
+    if recipe.lenses:
+        read_if_tuned = read if recipe.lenses.tuned else {"model": read["model"]}
+        step(lenses.STAGE, recipe.lenses, "lenses", tasks=tasks, **read_if_tuned)
+    if recipe.probes:
+        read_if_moved = read if recipe.probes.causal else {"activations": read["activations"]}
+        step(probes.STAGE, recipe.probes, "probes", **read_if_moved)
 
 
 def _model(recipe: Recipe, store: Store, step: Any) -> Step | ModelHandle | None:

@@ -7,6 +7,7 @@ from flows.diagram import Step, diagram, given_of
 from flows.forecast import Forecast, check_fit, harvest_forecasts
 from flows.given import Given
 from flows.planning import Intent, plan
+from flows.reading_checks import check_readings
 from flows.recipe import Recipe, load_recipe
 from flows.sweep_checks import Reads, check_planned_sweep, check_sweep
 from mi_pipe.activations.harvest.hook_selection import select_hooks
@@ -49,6 +50,7 @@ def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
     steps = diagram(content, where)
     intents = plan(steps, where)
     given = tuple(given_of(steps))
+    check_readings(content, intents, where)
     reads = _reads_of_saes(intents, where)
     if reads.saes is not None and reads.activations is not None:
         scored_saes(reads.saes, widths_of(reads.activations), reads.activations.id)

@@ -16,11 +16,14 @@ from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.models.device import DType
 from mi_pipe.report.claims import Claim
+from stages.attribute import AttributionConfig
 from stages.circuits import CircuitsConfig
 from stages.generate_prompts import AnyPromptConfig
 from stages.harvest import HarvestConfig
 from stages.heads import HeadsConfig
+from stages.lenses import LensesConfig
 from stages.patch import PatchConfig
+from stages.probe_plan import ProbesConfig
 from stages.report import ReportConfig
 from stages.score_features import ScoreFeaturesConfig
 from stages.train_model import TrainModelConfig
@@ -34,14 +37,16 @@ _NEEDS = {
     "saes": ("harvest", "activations"),
     "features": ("saes", "trained_saes"),
     "trained_saes": ("harvest", "activations"),
+    "probes": ("harvest", "activations"),
     "heads": ("tasks",),
     "patch": ("tasks",),
+    "attribution": ("tasks",),
     "circuits": ("tasks",),
 }
 """What each section needs: one of these."""
 _PLAIN = ("name", "description", "store", "activations", "trained_saes")
 """Keys that are no sections."""
-_NEEDING_MODEL = ("prompts", "tasks", "harvest")
+_NEEDING_MODEL = ("prompts", "tasks", "harvest", "lenses")
 """Sections that need a model; `heads`, `patch` and `circuits` need tasks, and the others only activations."""
 
 
@@ -89,8 +94,14 @@ class Recipe(Config):
     """Score the features."""
     heads: HeadsConfig | None = None
     """Score attention heads and store patterns."""
+    lenses: LensesConfig | None = None
+    """Read task prompts through the logit lens, and through a tuned lens trained on the activations."""
+    probes: ProbesConfig | None = None
+    """Train probes on the activations."""
     patch: PatchConfig | None = None
     """Patch activations."""
+    attribution: AttributionConfig | None = None
+    """Attribute a task's metric to nodes and paths."""
     circuits: CircuitsConfig | None = None
     """Find circuits."""
     report: ReportConfig | None = None
@@ -101,7 +112,8 @@ class Recipe(Config):
     @property
     def needs_model(self) -> bool:
         """Say whether there is a section that can do nothing without a model."""
-        return self.activations is None or any(getattr(self, name) for name in _NEEDING_MODEL)
+        runs_probes = self.probes is not None and self.probes.causal is not None
+        return self.activations is None or runs_probes or any(getattr(self, name) for name in _NEEDING_MODEL)
 
 
 def recipe_path(name: str) -> Path:
@@ -182,8 +194,9 @@ def _check_sections(recipe: Recipe, place: str) -> None:
             raise ConfigError(
                 f"{place} has both {section!r} and {given!r} ({getattr(recipe, given)}); leave out one of them."
             )
+    _check_lenses(recipe, place)
     _check_model(recipe, place)
-    for section in ("patch", "circuits"):
+    for section in ("patch", "attribution", "circuits"):
         chosen = getattr(getattr(recipe, section), "tasks", None) or []
         for task in chosen:
             if task not in recipe.tasks:
@@ -192,6 +205,17 @@ def _check_sections(recipe: Recipe, place: str) -> None:
                     f"{place}: {section}.tasks names {task!r}, which is no task of the recipe "
                     f"({known}).{near_names(task, recipe.tasks)}"
                 )
+
+
+def _check_lenses(recipe: Recipe, place: str) -> None:
+    """Say what lenses have nothing to be trained on, or to read."""
+    if recipe.lenses is None:
+        return
+    has_activations = bool(recipe.harvest or recipe.activations)
+    if recipe.lenses.tuned and not has_activations:
+        raise ConfigError(f"{place}: lenses.tuned is trained on activations; add a section 'harvest' or 'activations'.")
+    if not recipe.lenses.tuned and not recipe.tasks:
+        raise ConfigError(f"{place}: section 'lenses' needs a section 'tasks' to read, or lenses.tuned to train.")
 
 
 def _check_model(recipe: Recipe, place: str) -> None:

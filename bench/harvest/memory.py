@@ -34,10 +34,11 @@ def main(store: str, model: str, prompts: str) -> None:
     config = HarvestConfig(hooks=["blocks.0.hook_resid_post"], shard_rows=_SHARD_ROWS, device="cpu")
     inputs = Inputs(resolve_model(model, Store(store), device="cpu"), PromptSet(Path(prompts)))
     execute(STAGE, config, inputs, Store(store))
-    print(_peak_resident_bytes())
+    print(peak_resident_bytes())
 
 
-def _peak_resident_bytes() -> int:
+def peak_resident_bytes() -> int:
+    """Return the peak resident memory of this process."""
     # Not getrusage: its maximum begins with the memory of the process that started this one.
     status = Path("/proc/self/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))

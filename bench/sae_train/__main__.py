@@ -27,19 +27,16 @@ import numpy as np
 import torch
 
 from bench.sae_train import peer, quality
-from bench.sae_train.clock import Turn, timed
 from bench.sae_train.peer import Peer
 from bench.sae_train.rows import mixture
 from bench.sae_train.subject import Floor, Sizes, Training, store_of
+from bench.turns import Ways, in_turn, speed_ratio
 from mi_pipe.core.freed_memory import freed_memory_kept
 from mi_pipe.core.store import Store
 from mi_pipe.saes.architectures.base import ArchitectureName
 
 _N_ROWS = 1 << 17
 _N_SAES = 4
-_LARGEST_SHARE_REPEATED = 2
-
-Ways = dict[str, Callable[[], tuple[float, float] | None]]
 
 
 def figures(args: argparse.Namespace, sizes: Sizes, n_rows: int, folder: Path) -> Iterator[dict[str, Any]]:
@@ -57,14 +54,14 @@ def figures(args: argparse.Namespace, sizes: Sizes, n_rows: int, folder: Path) -
         if args.peer:
             options = _peer_options(args.architecture, sizes, folder, rows)
             ways |= {name: stack.enter_context(Peer(name, python, options, folder)).turn for name, python in args.peer}
-        found = _in_turn(ways, args.rounds)
-    yield _ratio("of_floor", found["ours"], found["floor"]) | {"architecture": args.architecture}
+        found = in_turn(ways, args.rounds)
+    yield speed_ratio("of_floor", found["ours"], found["floor"]) | {"architecture": args.architecture}
     for name, _ in args.peer:
-        yield {"peer": name, **_ratio("times_peer", found["ours"], found[name])}
+        yield {"peer": name, **speed_ratio("times_peer", found["ours"], found[name])}
     if args.bfloat16:
-        yield _ratio("bfloat16", found["ours_bfloat16"], found["ours"])
+        yield speed_ratio("bfloat16", found["ours_bfloat16"], found["ours"])
     if args.sweep:
-        yield _ratio("of_four_single_runs", found["ours"], found["sweep"], 1 / _N_SAES)
+        yield speed_ratio("of_four_single_runs", found["ours"], found["sweep"], 1 / _N_SAES)
     per_turn = {name: sizes.turn_rows * (_N_SAES if name == "sweep" else 1) for name in found}
     yield {
         "tokens_per_s": {
@@ -95,29 +92,6 @@ def _peer_options(architecture: str, sizes: Sizes, folder: Path, rows: torch.Ten
         **{name: getattr(sizes, name) for name in ("d_sae", "k", "batch_rows", "n_steps")},
         "n_threads": torch.get_num_threads(),
     }
-
-
-def _in_turn(ways: Ways, n_rounds: int) -> dict[str, list[Turn]]:
-    """Give each way its turn once a round, after one round that is not counted; the quietest rounds are kept."""
-    rounds: list[dict[str, Turn]] = []
-    n_quiet = 0
-    for i in range(1 + _LARGEST_SHARE_REPEATED * n_rounds):
-        turns = {name: timed(way) for name, way in ways.items()}
-        if i:
-            rounds.append(turns)
-            n_quiet += all(turn.is_quiet for turn in turns.values())
-        if n_quiet == n_rounds:
-            break
-    rounds.sort(key=lambda turns: max(turn.foreign_cores or 0.0 for turn in turns.values()))
-    return {name: [turns[name] for turns in rounds[:n_rounds]] for name in ways}
-
-
-def _ratio(name: str, ours: list[Turn], others: list[Turn], factor: float = 1.0) -> dict[str, Any]:
-    """Return how many times as fast ours is, times `factor`."""
-    wall = [factor * other.wall / mine.wall for mine, other in zip(ours, others, strict=True)]
-    cpu = [factor * other.cpu / mine.cpu for mine, other in zip(ours, others, strict=True)]
-    rounds = [round(value, 3) for value in wall]
-    return {name: round(statistics.median(wall), 3), "cpu": round(statistics.median(cpu), 3), "rounds": rounds}
 
 
 def _named_python(text: str) -> tuple[str, str]:

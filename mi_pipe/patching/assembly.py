@@ -20,14 +20,15 @@ def n_pairs_of(chunks: list[Chunk]) -> int:
 
 
 def gather_values(
-    chunks: list[Chunk], n_layers: int, n_columns: int, read: Callable[[Chunk, int], np.ndarray]
-) -> Float[np.ndarray, "pair layer column"]:
-    """Put together what `read(chunk, layer)` returns (pair, column), NaN where a pair has no such position."""
-    whole = np.full((n_pairs_of(chunks), n_layers, n_columns), np.nan, np.float32)
+    chunks: list[Chunk], n_layers: int, sizes: tuple[int, ...], read: Callable[[Chunk, int], np.ndarray]
+) -> Float[np.ndarray, "pair layer *axes"]:
+    """Put together what `read(chunk, layer)` returns (pair, *axes), NaN where a pair has no such position."""
+    whole = np.full((n_pairs_of(chunks), n_layers, *sizes), np.nan, np.float32)
     for chunk in chunks:
         for layer in range(n_layers):
             values = read(chunk, layer)
-            whole[chunk.rows, layer, : values.shape[1]] = values
+            # Positions are the last axis, and short prompts have fewer.
+            whole[chunk.rows, layer, ..., : values.shape[-1]] = values
     return whole
 
 
@@ -62,14 +63,16 @@ def main_figures(
     corrupted: Float[np.ndarray, " pair"],
     heads: Float[np.ndarray, "pair layer head"] | None,
     direction: Direction,
+    metric: str,
 ) -> dict[str, Scalar]:
     """Return the metric of both runs, the share of clean prompts answered right, and the head that matters most."""
     figures: dict[str, Scalar] = {
         "n_pairs": len(clean),
-        "clean_logit_diff": float(clean.mean()),
-        "corrupted_logit_diff": float(corrupted.mean()),
-        "clean_accuracy": float((clean > 0).mean()),
+        f"clean_{metric}": float(clean.mean()),
+        f"corrupted_{metric}": float(corrupted.mean()),
     }
+    if metric == "logit_diff":
+        figures["clean_accuracy"] = float((clean > 0).mean())
     if heads is not None:
         fraction = effect_fraction(heads.mean(0), np.asarray(clean.mean()), np.asarray(corrupted.mean()), direction)
         layer, head = np.unravel_index(int(np.nan_to_num(np.abs(fraction)).argmax()), fraction.shape)

@@ -12,6 +12,7 @@ the captured length without padding. Whether a model is one of these is checked 
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from mi_pipe.models.model import Model
+from mi_pipe.patching.block_parts import block_parts
+from mi_pipe.patching.edits import forced, last_position_only
 
 _MASK = "attention_mask"
 _MASK_DIMS = 4
@@ -71,7 +74,10 @@ class BlockCalls:
         self.blocks = list(model.blocks)
         self._arguments: dict[int, dict[str, Any]] = {}
         self._cache_names: dict[int, list[str]] = {}
+        self._n_returned: dict[nn.Module, int] = {}
+        self.parts = [block_parts(model, layer) for layer in range(len(self.blocks))]
         handles = [self._watch(layer, block) for layer, block in enumerate(self.blocks)]
+        handles += [self._watch_outputs(part.attention) for part in self.parts if part.attention is not None]
         try:
             with torch.no_grad():
                 model.module(tokens[:1].to(model.device), use_cache=True)
@@ -89,11 +95,40 @@ class BlockCalls:
         return all(self._cache_names[layer] and _MASK in self._arguments[layer] for layer in range(len(self)))
 
     def call(
-        self, layer: int, hidden: Float[Tensor, "row pos d_model"], prefix: Prefix | None = None
+        self,
+        layer: int,
+        hidden: Float[Tensor, "row pos d_model"],
+        prefix: Prefix | None = None,
+        outputs: Mapping[nn.Module, Tensor] | None = None,
     ) -> Float[Tensor, "row pos d_model"]:
-        """Run one block on the hidden states that enter it (those from position `prefix.stop` on, if given)."""
-        output = self.blocks[layer](hidden, **self.arguments(layer, len(hidden), prefix))
+        """Run one block on the hidden states that enter it (those from position `prefix.stop` on, if given).
+
+        Modules in `outputs` are not run: they return what is given.
+        """
+        returned = {module: self._as_returned(module, value) for module, value in (outputs or {}).items()}
+        with forced(returned):
+            output = self.blocks[layer](hidden, **self.arguments(layer, len(hidden), prefix))
         return output[0] if isinstance(output, tuple) else output
+
+    def call_at_last(
+        self, layer: int, hidden: Float[Tensor, "row pos d_model"], prefix: Prefix | None = None
+    ) -> Float[Tensor, "row 1 d_model"]:
+        """Run one block for the last position's output alone: keys and values of all, the rest of the last.
+
+        The block sees the last hidden state, its attention the normalised states of all positions; the output
+        projection of the attention is given the last position only.
+        """
+        parts = self.parts[layer]
+        assert parts.norm is not None, "asked only where the block has a norm and a projection"
+        assert parts.projection is not None, "asked only where the block has a norm and a projection"
+        with last_position_only(parts.projection):
+            output = self.call(layer, hidden[:, -1:], prefix, {parts.norm: parts.norm(hidden)})
+        return output[:, -1:]
+
+    @property
+    def can_narrow(self) -> bool:
+        """Say whether the last block's norm and projection are known."""
+        return self.parts[-1].norm is not None and self.parts[-1].projection is not None
 
     def run(
         self,
@@ -118,6 +153,17 @@ class BlockCalls:
             mask = torch.ones(self.n_pos, self.n_pos, dtype=torch.bool, device=device).tril()[None, None]
         cut = _cut({**arguments, _MASK: mask}, prefix.stop, self.n_pos)
         return {**_expand(cut, n_rows), **dict.fromkeys(self._cache_names[layer], prefix)}
+
+    def _as_returned(self, module: nn.Module, value: Tensor) -> Any:
+        """Return a value in the form that a module returns it: attention returns a tuple."""
+        n_returned = self._n_returned.get(module, 0)
+        return (value, *[None] * (n_returned - 1)) if n_returned else value
+
+    def _watch_outputs(self, module: nn.Module) -> Any:
+        def note(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._n_returned[module] = len(output) if isinstance(output, tuple) else 0
+
+        return module.register_forward_hook(note)
 
     def _watch(self, layer: int, block: nn.Module) -> Any:
         signature = inspect.signature(block.forward)

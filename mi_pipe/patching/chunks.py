@@ -40,6 +40,8 @@ def take(group: PairGroup, rows: np.ndarray) -> PairGroup:
         corrupted=group.corrupted[rows],
         answer=group.answer[rows],
         wrong=group.wrong[rows],
+        sources=tuple(group.sources[int(row)] for row in rows) if group.sources else (),
+        places={name: positions[rows] for name, positions in group.places.items()},
     )
 
 

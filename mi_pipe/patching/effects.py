@@ -4,7 +4,7 @@ On disk `effects.zarr` and `pairs.parquet` (data/README.md, "patch"). Cells that
 never zero: positions beyond a pair's length, units that the model does not have are absent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -14,11 +14,19 @@ import xarray as xr
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.patching.metrics import effect_fraction
-from mi_pipe.patching.sweep import Unit
+from mi_pipe.patching.places import NO_PLACE, place_positions
+from mi_pipe.patching.statistics import (
+    Resampling,
+    bootstrap_weights,
+    percentile_interval,
+    sign_flip_p,
+    weighted_means,
+)
+from mi_pipe.patching.units import Unit, axes_of
+from mi_pipe.prompts.prompt_set import PLACE_PREFIX
 
 EFFECTS_FOLDER = "effects.zarr"
 PAIRS_FILE = "pairs.parquet"
-_BY_HEAD = "head_out"
 
 
 class PatchEffects(Artifact):
@@ -29,16 +37,16 @@ class PatchEffects(Artifact):
         return xr.open_zarr(self.zarr_group(EFFECTS_FOLDER), consolidated=False, chunks=None)
 
     def to_xarray(self) -> xr.Dataset:
-        """Return everything: a unit's metric (pair, layer, pos or head), `clean`, `corrupted` (pair), `token_id`."""
+        """Return everything: a unit's metric (pair, layer, its axes), `clean`, `corrupted` (pair), `token_id`."""
         return self._dataset
 
     @property
     def units(self) -> list[str]:
-        """What was patched: some of resid_pre, attn_out, mlp_out, head_out."""
+        """What was patched, such as resid_pre, attn_out, mlp_out, head_out."""
         return list(self._dataset.attrs["units"])
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Direction:
         """`denoising` (clean into corrupted) or `noising`."""
         return self._dataset.attrs["direction"]
 
@@ -57,7 +65,7 @@ class PatchEffects(Artifact):
         return list(self._of_length(n_pos)["labels"].iloc[0])
 
     def effects(self, unit: str, n_pos: int | None = None) -> xr.DataArray:
-        """Return the metric of each patched run (pair, layer, pos or head), of all pairs or those of one length.
+        """Return the metric of each patched run (pair, layer, the unit's axes), of all pairs or those of one length.
 
         Raises ConfigError if the unit was not patched, or no pair has this length.
         """
@@ -68,10 +76,10 @@ class PatchEffects(Artifact):
         if n_pos is None:
             return values
         values = values.sel(pair=self._of_length(n_pos)["pair"].to_numpy())
-        return values if unit == _BY_HEAD else values.isel(pos=slice(n_pos))
+        return values.isel(pos=slice(n_pos)) if "pos" in values.dims else values
 
     def recovered(self, unit: str, n_pos: int | None = None) -> xr.DataArray:
-        """Return the fraction of the metric that a patch restores (layer, pos or head), of means over pairs.
+        """Return the fraction of the metric that a patch restores (layer, the unit's axes), of means over pairs.
 
         Denoising: (patched - corrupted) / (clean - corrupted); noising: (patched - clean) / (corrupted - clean).
         Each cell's means run over the pairs that have it. `n_pos` chooses the pairs of one length.
@@ -79,11 +87,66 @@ class PatchEffects(Artifact):
         values = self.effects(unit, n_pos)
         measured = values.notnull()
         clean, corrupted = (self._dataset[name].where(measured).mean("pair") for name in ("clean", "corrupted"))
-        fraction = effect_fraction(values.mean("pair"), clean, corrupted, self.direction)  # pyright: ignore[reportArgumentType]
+        fraction = effect_fraction(values.mean("pair"), clean, corrupted, self.direction)
         return fraction.rename(f"{unit}_recovered")
 
+    def statistics(self, unit: str, n_pos: int | None = None, how: Resampling | None = None) -> xr.Dataset:
+        """Return of each cell `mean`, `low`, `high`, `p` of its change, and `recovered` with its interval.
+
+        The change is the patched metric less the base run's, one value a pair; `low` to `high` is the percentile
+        bootstrap interval of its mean, `p` the sign-flip p-value (of this cell alone: many cells are looked at).
+        `recovered` is the fraction of means (see `recovered`), with the interval from the same draws of pairs.
+        """
+        how = how or Resampling()
+        values = self.effects(unit, n_pos)
+        patched, dims = values.to_numpy().astype(np.float64), values.dims[1:]
+        clean, corrupted = (self._metric_at(values, name) for name in ("clean", "corrupted"))
+        changes = patched - (corrupted if self.direction == "denoising" else clean)
+        weights = bootstrap_weights(len(patched), how)
+        interval = percentile_interval(weighted_means(weights, changes), how.level)
+        drawn = [weighted_means(weights, runs) for runs in (patched, clean, corrupted)]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn_fractions = effect_fraction(drawn[0], drawn[1], drawn[2], self.direction)
+        fractions = percentile_interval(drawn_fractions, how.level)
+        columns = {
+            "mean": weighted_means(np.ones((1, len(changes))), changes)[0],
+            **dict(zip(("low", "high"), interval, strict=True)),
+            "p": sign_flip_p(changes, how),
+            "recovered": self.recovered(unit, n_pos).to_numpy(),
+            **dict(zip(("recovered_low", "recovered_high"), fractions, strict=True)),
+        }
+        coordinates = {name: values.coords[name] for name in values.coords if "pair" not in values.coords[name].dims}
+        return xr.Dataset({name: (dims, array) for name, array in columns.items()}, coordinates)
+
+    def at_places(self, unit: str, names: Sequence[str]) -> xr.DataArray:
+        """Return a unit's metric by position class (pair, layer, …, place), NaN where a pair has no such place.
+
+        Names are those of the task (IOI: io, s1, s2, end), also with a distance, such as s1+1. Raises ConfigError for
+        other names, and for units without positions.
+        """
+        values = self.effects(unit)
+        if "pos" not in values.dims:
+            raise ConfigError(f"{unit} was patched at all positions at once; patch {unit}_by_pos for single ones.")
+        places = {
+            column.removeprefix(PLACE_PREFIX): self.pairs[column].fillna(NO_PLACE).to_numpy(np.int64)
+            for column in self.pairs
+            if column.startswith(PLACE_PREFIX)
+        }
+        n_pos = self.pairs["n_pos"].to_numpy(np.int64)
+        found = []
+        for name in names:
+            positions = xr.DataArray(place_positions(places, n_pos, name), dims="pair", coords={"pair": values["pair"]})
+            there = values.isel(pos=positions.clip(min=0)).drop_vars("pos")
+            found.append(there.where(positions != NO_PLACE))
+        return xr.concat(found, pd.Index(names, name="place")).transpose(*values.dims[:-1], "place")
+
+    def _metric_at(self, values: xr.DataArray, run: str) -> np.ndarray:
+        """Return a run's metric in the shape of `values`, NaN where those are."""
+        metric = self._dataset[run].sel(pair=values["pair"])
+        return metric.broadcast_like(values).where(values.notnull()).transpose(*values.dims).to_numpy().astype(float)
+
     def to_pandas(self, unit: str) -> pd.DataFrame:
-        """Return one row a measured cell: pair, layer, pos or head, and the metric's value."""
+        """Return one row a measured cell: pair, layer, the unit's axes, and the metric's value."""
         frame = self.effects(unit).to_dataframe(name="value").reset_index()
         return frame.loc[frame["value"].notna()].reset_index(drop=True)
 
@@ -104,15 +167,21 @@ def effects_dataset(
     tokens: dict[str, np.ndarray],
     pairs: np.ndarray,
     attributes: Mapping[str, str],
+    neurons: np.ndarray | None = None,
 ) -> xr.Dataset:
-    """Put a sweep's arrays together: `values` by unit (pair, layer, column), metrics (pair), `tokens` (pair, pos)."""
-    third = {unit: "head" if unit == _BY_HEAD else "pos" for unit in values}
+    """Put a sweep's arrays together: `values` by unit (pair, layer, *axes), metrics (pair), `tokens` (pair, pos).
+
+    Embeddings lie before all layers: theirs are (pair, pos). `neurons` (layer, neuron) tells which were patched.
+    """
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        unit: (("pair", "layer", third[unit]), array) for unit, array in values.items()
+        unit: (("pair", *axes_of(unit)), array[:, 0]) if unit == "embed" else (("pair", "layer", *axes_of(unit)), array)
+        for unit, array in values.items()
     }
     variables |= {"clean": (("pair",), clean), "corrupted": (("pair",), corrupted)}
     variables |= {name: (("pair", "pos"), array) for name, array in tokens.items()}
     dataset = xr.Dataset(variables, attrs={**attributes, "units": list(values)})
-    counted = [name for name in ("layer", "pos", "head") if name in dataset.sizes]
+    counted = [name for name in ("layer", "pos", "head", "kv_head") if name in dataset.sizes]
     indices = {name: np.arange(dataset.sizes[name], dtype=np.int32) for name in counted}
+    if neurons is not None:
+        dataset = dataset.assign_coords({"neuron_id": (("layer", "neuron"), neurons.astype(np.int32))})
     return dataset.assign_coords({"pair": pairs, **indices})

@@ -1,62 +1,53 @@
 """Many patches in few forward passes, exactly.
 
-A patch replaces, in the base run of one pair, part of the value at one hook point by the donor run's. Nothing
-before the patched layer changes, nothing at earlier positions changes, and the metric reads two logits of one
-position. So the restart engine
-1. starts at the patched block, from the stored hidden states of the base run;
-2. runs only the positions from the patch's first on, with the base run's keys and values of those before;
-3. unembeds only the answer's tokens at the last position;
-and puts many patches into one batch. The plain engine runs the whole model under hooks instead, one row a
-patch, and gives the same numbers for any architecture.
+A patch replaces, in the base run of one pair, part of the value at one hook point by another value. Nothing before
+the patched layer changes, nothing at earlier positions changes, and the metric reads one position. Each of these
+shortcuts is exact and can be left out:
+restart: begin at the patched block, from the stored hidden states of the base run;
+kept_parts: in the patched block, do not run again the attention (or MLP) whose output is known: the base run's, plus
+what the patch writes through the output projection; where one position alone is patched, run that one alone;
+prefix: run only the positions from the patch's first on, with the base run's keys and values of those before;
+last_position: run the last block for the answer position alone;
+answer_logits: unembed only the tokens that the metric reads.
 
-`make_engine` takes the shortcuts that reproduce the model's own logits on the pairs at hand, and says by how
-much the worst of them was off.
+The plain engine takes none: it runs the whole model under hooks, one row a patch, and gives the same numbers for any
+architecture. `make_engine` takes the shortcuts that reproduce the model's own logits on the pairs at hand, and says by
+how much the worst of them was off.
 """
 
 import logging
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_pipe.models.hook_points import layer_of
-from mi_pipe.models.model import Edit, Model
+from mi_pipe.models.lean import lean
+from mi_pipe.models.model import Model
 from mi_pipe.patching.block_calls import BlockCalls, Prefix
-from mi_pipe.patching.readout import choice_diff, last_logits, token_logits
+from mi_pipe.patching.edits import edited
+from mi_pipe.patching.kept_parts import PAIRS_CHECKED, KeptParts
+from mi_pipe.patching.patches import Patches
+from mi_pipe.patching.readout import all_logits, last_logits, read_logits, token_logits
 from mi_pipe.patching.runs import PairRuns
 
 _log = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
-
-@dataclass(frozen=True)
-class Patches:
-    """Patches at one hook point, one a row."""
-
-    hook: str
-    pair: Int[Tensor, " row"]
-    """Which pair's base run is patched, and whose donor values are used."""
-    mask: Bool[Tensor, "row mask_pos mask_width"]
-    """What is replaced; an axis of size 1 stands for all positions or the whole width."""
-    first_pos: int = 0
-    """No row replaces anything before this position."""
-
-    def edit(self, runs: PairRuns, first_pos: int = 0) -> Edit:
-        """Return the hook function, for values that begin at `first_pos`."""
-        donor = runs.donors[self.hook][self.pair, first_pos:]
-        mask = self.mask if self.mask.shape[1] == 1 else self.mask[:, first_pos:]
-        return lambda value: torch.where(mask, donor.to(value.dtype), value)
+Shortcut = Literal["restart", "kept_parts", "prefix", "last_position", "answer_logits"]
+SHORTCUTS: tuple[Shortcut, ...] = get_args(Shortcut)
 
 
 class PatchEngine(Protocol):
     """Gives the metric of patched runs."""
 
+    model: Model
     runs: PairRuns
 
     def patched_metric(self, patches: Patches) -> Float[Tensor, " row"]:
-        """Return the logit difference of each patched run, float32."""
+        """Return the metric of each patched run, float32."""
         ...
 
 
@@ -70,54 +61,99 @@ class PlainEngine:
 
     @torch.no_grad()
     def patched_metric(self, patches: Patches) -> Float[Tensor, " row"]:
-        """Return the logit difference of each patched run, float32."""
-        with self.model.edited({patches.hook: patches.edit(self.runs)}):
-            logits = last_logits(self.model, self.runs.tokens[patches.pair])
-        return choice_diff(logits.gather(-1, self.runs.choices[patches.pair]))
+        """Return the metric of each patched run, float32."""
+        runs = self.runs
+        hook, edit = patches.edited_hook, patches.edit(runs)
+        if hook.endswith(".hook_resid_mid"):
+            # The hook point is the MLP's input alone; what attention adds reaches the residual stream as well.
+            change = edit(base := runs.base[hook][patches.pair]) - base
+            hook, edit = hook.replace("hook_resid_mid", "hook_attn_out"), lambda value: value + change
+        with edited(self.model, hook, edit):
+            logits = last_logits(self.model, runs.tokens[patches.pair])
+        info = runs.info.rows(patches.pair)
+        return runs.metric.values(read_logits(logits, info, runs.metric.needs_all_logits), info)
 
 
 class RestartEngine:
     """Runs only the blocks, positions and logits that a patch can change."""
 
-    def __init__(self, model: Model, runs: PairRuns, reuse_prefix: bool = True) -> None:
-        """Patch the base runs of `runs`; `reuse_prefix` allows to leave unchanged positions out."""
+    def __init__(self, model: Model, runs: PairRuns, shortcuts: Sequence[Shortcut] = SHORTCUTS) -> None:
+        """Patch the base runs of `runs` with these shortcuts, as far as the model's blocks offer them."""
         self.model = model
         self.runs = runs
         self.calls = BlockCalls(model, runs.tokens)
-        self.reuses_prefix = reuse_prefix and runs.keys_values is not None and self.calls.takes_prefix
+        can_reuse = runs.keys_values is not None and self.calls.takes_prefix
+        offered = {"prefix": can_reuse, "last_position": self.calls.can_narrow}
+        self.shortcuts = frozenset(name for name in shortcuts if offered.get(name, True))
+        self.kept = KeptParts(self.calls, runs)
 
     @torch.no_grad()
     def patched_metric(self, patches: Patches) -> Float[Tensor, " row"]:
-        """Return the logit difference of each patched run, float32."""
+        """Return the metric of each patched run, float32."""
         layer = layer_of(patches.hook)
         assert layer is not None, "patches are inside blocks"
-        first_pos = patches.first_pos if self.reuses_prefix else 0
-        with self.model.edited({patches.hook: patches.edit(self.runs, first_pos)}):
-            return choice_diff(self.restarted_logits(patches.pair, layer, first_pos))
+        first_pos = patches.first_pos if "prefix" in self.shortcuts else 0
+        with lean(self.model.module):
+            last = self._last_hidden(patches, layer, first_pos)
+            return self._metric(last, patches.pair)
 
-    def restarted_logits(self, pair: Int[Tensor, " row"], layer: int, first_pos: int) -> Float[Tensor, "row 2"]:
-        """Run the base run of `pair` from a block and a position on; logits of the answer and the wrong token."""
+    def restarted_logits(self, pair: Int[Tensor, " row"], layer: int, first_pos: int) -> Float[Tensor, "row n"]:
+        """Run the base run of `pair` from a block and a position on; logits as the metric is given them."""
         hidden = self.runs.residuals[layer][pair, first_pos:]
-        hidden = self.calls.run(hidden, layer, prefix=self._prefix(pair, first_pos))
-        return token_logits(self.model, hidden, self.runs.choices[pair])
+        return self._logits(self._run(hidden, layer, self._prefix(pair, first_pos)), pair)
 
     @torch.no_grad()
     def largest_error(self) -> float:
-        """Return the largest deviation from the model's own logits, as a fraction of their largest value.
+        """Return the largest deviation from the model's own values, as a fraction of their largest.
 
-        Restarts at the first, the middle and the last block, from the first and (with a prefix) the middle position.
+        Restarts at the first, the middle and the last block, from the first and (with a prefix) the middle position,
+        and, for what the sweep patches, runs blocks and projections on the base run's own parts; of a few pairs.
         """
         n_layers, n_pos = len(self.calls), self.runs.n_pos
-        pairs = torch.arange(self.runs.n_pairs, device=self.runs.tokens.device)
-        starts = {0, n_pos // 2} if self.reuses_prefix else {0}
-        found = [
-            self.restarted_logits(pairs, layer, first_pos)
-            for layer in sorted({0, n_layers // 2, n_layers - 1})
-            for first_pos in sorted(starts)
-        ]
-        wanted = self.runs.base_logits
+        pairs = torch.arange(min(self.runs.n_pairs, PAIRS_CHECKED), device=self.runs.tokens.device)
+        starts = {0, n_pos // 2} if "prefix" in self.shortcuts else {0}
+        with lean(self.model.module):
+            found = [
+                self.restarted_logits(pairs, layer, first_pos)
+                for layer in sorted({0, n_layers // 2, n_layers - 1})
+                for first_pos in sorted(starts)
+            ]
+            kept_error = self.kept.largest_error() if "kept_parts" in self.shortcuts else 0.0
+        wanted = self.runs.base_logits[pairs]
         error = (torch.stack(found) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9)
-        return float(error.nan_to_num(nan=torch.inf))
+        return max(float(error.nan_to_num(nan=torch.inf)), kept_error)
+
+    def _last_hidden(self, patches: Patches, layer: int, first_pos: int) -> Float[Tensor, "row pos d_model"]:
+        """Return what leaves the last block at the last position (and perhaps others) of each patched run."""
+        runs, pair, hook = self.runs, patches.pair, patches.edited_hook
+        prefix = self._prefix(pair, first_pos)
+        if hook.endswith((".hook_resid_pre", ".hook_resid_post")):
+            enters = layer + hook.endswith("post")
+            hidden = patches.edit(runs, first_pos)(runs.residuals[enters][pair, first_pos:])
+            return self._run(hidden, enters, prefix)
+        if self.kept.knows(hook) and ("kept_parts" in self.shortcuts or hook.endswith(".hook_resid_mid")):
+            return self._run(self.kept.after(patches, layer, first_pos), layer + 1, prefix)
+        hidden = runs.residuals[layer][pair, first_pos:]
+        with edited(self.model, hook, patches.edit(runs, first_pos)):
+            # Whole: what is edited has all positions.
+            hidden = self.calls.call(layer, hidden, prefix)
+        return self._run(hidden, layer + 1, prefix)
+
+    def _run(self, hidden: Tensor, start: int, prefix: Prefix | None) -> Tensor:
+        """Run the blocks from `start` on, the last for the last position alone where that is allowed."""
+        last = len(self.calls) - 1
+        if start > last or "last_position" not in self.shortcuts:
+            return self.calls.run(hidden, start, prefix=prefix)
+        return self.calls.call_at_last(last, self.calls.run(hidden, start, last, prefix), prefix)
+
+    def _logits(self, hidden: Float[Tensor, "row pos d_model"], pair: Int[Tensor, " row"]) -> Float[Tensor, "row n"]:
+        info, needs_all = self.runs.info.rows(pair), self.runs.metric.needs_all_logits
+        if "answer_logits" in self.shortcuts and not needs_all:
+            return token_logits(self.model, hidden, info.choices)
+        return read_logits(all_logits(self.model, hidden), info, needs_all)
+
+    def _metric(self, hidden: Float[Tensor, "row pos d_model"], pair: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        return self.runs.metric.values(self._logits(hidden, pair), self.runs.info.rows(pair))
 
     def _prefix(self, pair: Int[Tensor, " row"], first_pos: int) -> Prefix | None:
         if not first_pos:
@@ -126,19 +162,31 @@ class RestartEngine:
         return self.runs.keys_values.prefix(pair, first_pos)
 
 
-def make_engine(model: Model, runs: PairRuns) -> tuple[PatchEngine, float]:
-    """Return the fastest engine that agrees with the model, and its largest relative error (0 for plain hooks)."""
+def make_engine(
+    model: Model, runs: PairRuns, shortcuts: Sequence[Shortcut] = SHORTCUTS
+) -> tuple[RestartEngine | PlainEngine, float]:
+    """Return the fastest engine that agrees with the model, and its largest relative error (0 for plain hooks).
+
+    All `shortcuts` are tried together, then without the last of them, and so on.
+    """
+    allowed: list[Shortcut] = [name for name in SHORTCUTS if name in shortcuts]
     tolerance = _TOLERANCE[model.dtype]
-    for reuse_prefix in (True, False):
+    for chosen in _fallbacks(allowed) if "restart" in allowed else ():
         try:
-            engine = RestartEngine(model, runs, reuse_prefix)
+            engine = RestartEngine(model, runs, chosen)
             error = engine.largest_error()
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as reason:
-            _log.info("blocks of %s cannot be called alone: %s", model.info.architecture, reason)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as reason:
+            _log.info("%s with %s cannot be run: %s", model.info.architecture, ", ".join(chosen), reason)
             continue
         if error <= tolerance:
             return engine, error
-        _log.info("restarting %s is off by %.1e, reuse of the prefix %s", model.info.architecture, error, reuse_prefix)
+        _log.info("%s with %s is off by %.1e", model.info.architecture, ", ".join(chosen), error)
     return PlainEngine(model, runs), 0.0
+
+
+def _fallbacks(allowed: list[Shortcut]) -> list[list[Shortcut]]:
+    """Return all shortcuts, all but one, and the restart alone."""
+    fewer: list[list[Shortcut]] = [[name for name in allowed if name != left_out] for left_out in reversed(allowed[1:])]
+    return [allowed, *fewer, ["restart"]]

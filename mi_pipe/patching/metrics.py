@@ -173,7 +173,7 @@ def _imported(name: str) -> Callable[[Tensor, PairInfo], Tensor]:
         raise ConfigError(f"The metric {name!r} cannot be imported: {error}.") from error
     if not callable(function):
         raise ConfigError(f"The metric {name!r} is {type(function).__name__}, not a function (logits, pairs).")
-    return function
+    return function  # pyright: ignore[reportReturnType] (the user's)
 
 
 def _mean(logits: Float[Tensor, "row token"], tokens: Int[Tensor, "row token"]) -> Float[Tensor, " row"]:

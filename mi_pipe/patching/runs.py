@@ -1,22 +1,29 @@
 """The two unpatched runs of a batch of pairs, and what a sweep needs of them.
 
 A patch takes place in the base run and takes its values from the donor run: denoising patches clean values
-into the corrupted run, noising corrupted values into the clean run.
+into the corrupted run, noising corrupted values into the clean run. An ablation takes its values from elsewhere
+(mi_pipe/patching/interventions.py); the two runs and their metrics stay what they are.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from mi_pipe.models.hook_points import layer_of
 from mi_pipe.models.model import Model
 from mi_pipe.patching.block_calls import KeysValues
-from mi_pipe.patching.metrics import Direction
-from mi_pipe.patching.readout import choice_diff, last_logits
+from mi_pipe.patching.interventions import Ablation
+from mi_pipe.patching.metrics import Direction, LogitDiff, Metric, PairInfo
+from mi_pipe.patching.patterns import is_pattern, z_hook, z_of_patterns
+from mi_pipe.patching.readout import read_logits
+from mi_pipe.patching.recording import record
 from mi_pipe.prompts.prompt_set import PairGroup
+
+_KEPT = ("attn.hook_out", "mlp.hook_out", "hook_attn_out", "hook_mlp_out")
+"""What a block's modules return in the base run, so that they need not be run again."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +32,20 @@ class PairRuns:
 
     tokens: Int[Tensor, "pair pos"]
     """The base prompts."""
-    choices: Int[Tensor, "pair 2"]
-    """The answer and the wrong token of each pair."""
+    info: PairInfo
+    """Answers and wrong tokens, and the clean logits where the metric needs all."""
+    metric: Metric
     first_change: Int[Tensor, " pair"]
-    """The first position where the two prompts differ; n_pos where they never do."""
-    base_logits: Float[Tensor, "pair 2"]
-    """The model's own logits of `choices` in the base run."""
-    donor_logits: Float[Tensor, "pair 2"]
+    """The first position where a donor value can differ from the base run's; n_pos where none can."""
+    base_logits: Float[Tensor, "pair n"]
+    """The model's own logits in the base run, as the metric is given them."""
+    donor_logits: Float[Tensor, "pair n"]
     residuals: list[Float[Tensor, "pair pos d_model"]]
-    """What enters each block in the base run."""
+    """What enters each block in the base run, and what leaves the last."""
+    base: dict[str, Float[Tensor, "pair pos width"]]
+    """The base run's value at each hook point of the sweep, heads not split, and of the modules around them."""
     donors: dict[str, Float[Tensor, "pair pos width"]]
-    """The donor run's value at each hook point of the sweep, heads not split."""
+    """The value that is put there."""
     keys_values: KeysValues | None
     """Keys and values of the base run, if the model keeps them."""
 
@@ -50,53 +60,83 @@ class PairRuns:
         return self.tokens.shape[1]
 
     @property
+    def choices(self) -> Int[Tensor, "pair choice"]:
+        """The tokens whose logits a metric of few logits reads."""
+        return self.info.choices
+
+    @property
     def base_metric(self) -> Float[Tensor, " pair"]:
-        """The logit difference of the base run."""
-        return choice_diff(self.base_logits)
+        """The metric of the base run."""
+        return self.metric.values(self.base_logits, self.info)
 
     @property
     def donor_metric(self) -> Float[Tensor, " pair"]:
-        """The logit difference of the donor run."""
-        return choice_diff(self.donor_logits)
+        """The metric of the donor run."""
+        return self.metric.values(self.donor_logits, self.info)
 
 
 @torch.no_grad()
-def run_pairs(model: Model, group: PairGroup, direction: Direction, hooks: list[str]) -> PairRuns:
-    """Run both prompts of every pair and keep what patching at `hooks` needs.
+def run_pairs(
+    model: Model,
+    group: PairGroup,
+    direction: Direction,
+    hooks: list[str],
+    metric: Metric | None = None,
+    ablation: Ablation | None = None,
+) -> PairRuns:
+    """Run both prompts of every pair and keep what patching at `hooks` needs; the metric is logit_diff by default.
 
-    Memory: n_layers x n_pairs x n_pos x d_model values for the base run, and as much for each layer's hook.
+    Memory: n_layers x n_pairs x n_pos x d_model values for the base run, and up to six times as much for each
+    layer of `hooks`. Raises StageError for attention patterns that do not make up the heads' outputs.
     """
+    metric = metric or LogitDiff()
     clean, corrupted = group.clean.to(model.device), group.corrupted.to(model.device)
     base, donor = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    choices = torch.stack([group.answer, group.wrong], dim=1).to(model.device)
-    entries = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.info.n_layers)]
+    plain = [hook for hook in hooks if not is_pattern(hook)]
     cache = DynamicCache()
-    base_logits, residuals = _record(model, base, choices, entries, past_key_values=cache, use_cache=True)
-    donor_logits, donors = _record(model, donor, choices, hooks)
-    changed = base != donor
+    entries = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.info.n_layers)] + ["ln_final.hook_in"]
+    wanted = dict.fromkeys([*entries, *_kept(model, hooks), *plain])
+    base_logits, seen = record(model, base, list(wanted), past_key_values=cache, use_cache=True)
+    donor_logits, donors = record(model, donor, plain)
+    first_change = _first_change(base, donor)
+    if ablation is not None and ablation.needs_tokens:
+        donor = ablation.tokens(group).to(model.device)
+        _, donors = record(model, donor, plain)
+        first_change = _first_change(base, donor)
+    elif ablation is not None:
+        ablation.prepare(model, plain)
+        donors = {hook: ablation.values(model, group, hook, seen[hook]) for hook in plain}
+        first_change = torch.zeros_like(first_change)
+    if patterns := [hook for hook in hooks if is_pattern(hook)]:
+        donors |= z_of_patterns(model, base, donor, patterns)
     return PairRuns(
         tokens=base,
-        choices=choices,
-        first_change=torch.where(changed.any(1), changed.int().argmax(1), base.shape[1]),
-        base_logits=base_logits,
-        donor_logits=donor_logits,
-        residuals=[residuals[name] for name in entries],
+        info=(info := _info(group, metric, donor_logits if direction == "denoising" else base_logits)),
+        metric=metric,
+        first_change=first_change,
+        base_logits=read_logits(base_logits, info, metric.needs_all_logits),
+        donor_logits=read_logits(donor_logits, info, metric.needs_all_logits),
+        residuals=[seen[name] for name in entries],
+        base=seen,
         donors=donors,
         keys_values=KeysValues.of_cache(cache),
     )
 
 
-def _record(
-    model: Model, tokens: Int[Tensor, "pair pos"], choices: Int[Tensor, "pair 2"], hooks: list[str], **options: Any
-) -> tuple[Float[Tensor, "pair 2"], dict[str, Tensor]]:
-    found: dict[str, Tensor] = {}
+def _info(group: PairGroup, metric: Metric, clean_logits: Float[Tensor, "pair d_vocab"]) -> PairInfo:
+    device = clean_logits.device
+    answers, wrongs = (tokens[:, None].to(device) for tokens in (group.answer, group.wrong))
+    return PairInfo(answers, wrongs, clean_logits if metric.needs_all_logits else None)
 
-    def keep(name: str):
-        def note(value: Tensor) -> None:
-            found[name] = value.clone()
 
-        return note
+def _first_change(base: Int[Tensor, "pair pos"], donor: Int[Tensor, "pair pos"]) -> Int[Tensor, " pair"]:
+    changed = base != donor
+    return torch.where(changed.any(1), changed.int().argmax(1), base.shape[1])
 
-    with model.edited({name: keep(name) for name in hooks}):
-        logits = last_logits(model, tokens, **options)
-    return logits.gather(-1, choices), found
+
+def _kept(model: Model, hooks: list[str]) -> list[str]:
+    """Return the hook points around those of the sweep whose base values spare their modules."""
+    layers = sorted({layer for hook in hooks if (layer := layer_of(hook)) is not None})
+    around = [f"blocks.{layer}.{name}" for layer in layers for name in _KEPT]
+    around += [z_hook(hook) for hook in hooks if is_pattern(hook)]
+    return [name for name in around if name in model.hooks and model.hooks[name].module_path is not None]

@@ -1,131 +1,92 @@
-"""Sweeps: every position or every head of a layer patched alone, as rows for an engine.
+"""Sweeps: every cell of a unit at a layer patched alone, as rows for an engine."""
 
-Before the first position where clean and corrupted prompts differ a patch changes nothing: there the value is
-the base run's own, exactly, and nothing is run.
-"""
-
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mi_pipe.core.errors import HookPointError
-from mi_pipe.models.hook_points import HookMap
-from mi_pipe.patching.engine import PatchEngine, Patches
+from mi_pipe.models.info import ModelInfo
+from mi_pipe.patching.cells import Cells, part_cells, position_cells
+from mi_pipe.patching.engine import PatchEngine
+from mi_pipe.patching.patches import Patches
+from mi_pipe.patching.units import Unit, axes_of, hook_of, is_by_pos, is_local, n_parts, part_of
 
-Unit = Literal["resid_pre", "attn_out", "mlp_out", "head_out"]
-UNITS: tuple[Unit, ...] = get_args(Unit)
-_HOOKS: dict[Unit, str] = {
-    "resid_pre": "hook_resid_pre",
-    "attn_out": "hook_attn_out",
-    "mlp_out": "hook_mlp_out",
-    "head_out": "attn.hook_z",
-}
-# A batch counts as large enough from this share of the token budget on (2048 / 16 = 128 tokens on a CPU).
-_FULL_SHARE = 16
+DEFAULT_BATCH_BYTES = 256 << 20
+_FEWEST_TOKENS, _MOST_TOKENS = 64, 1 << 16
+_WIDTHS_HELD = 12
+"""A token of a batch holds about so many values of d_model, beside those of its MLP."""
 
 
-def hook_of(unit: Unit, layer: int) -> str:
-    """Return the hook point of a unit.
+def batch_tokens(info: ModelInfo, n_bytes: int = DEFAULT_BATCH_BYTES, needs_all_logits: bool = False) -> int:
+    """Return how many tokens (rows times positions) of one forward pass fit into a memory budget, about.
 
-    >>> hook_of("head_out", 3)
-    'blocks.3.attn.hook_z'
+    With all logits a row is counted as one token, which holds for rows of one position and is careful for others.
     """
-    return f"blocks.{layer}.{_HOOKS[unit]}"
-
-
-def present_units(units: Sequence[Unit], hooks: HookMap, n_layers: int) -> list[Unit]:
-    """Return the units that every layer of the model has (an attention-only one has no mlp_out), in UNITS' order.
-
-    Raises HookPointError for a unit that only the bridge can reach, which the plain model cannot be patched at.
-    """
-    asked: list[Unit] = [unit for unit in UNITS if unit in units]
-    found: list[Unit] = [unit for unit in asked if all(hook_of(unit, layer) in hooks for layer in range(n_layers))]
-    for unit in found:
-        if any(hooks[hook_of(unit, layer)].module_path is None for layer in range(n_layers)):
-            rest = ", ".join(other for other in found if other != unit)
-            raise HookPointError(
-                f"{unit} of this model is not the input or output of one of its own modules and cannot be patched. "
-                f"Leave it out: units=[{rest}]."
-            )
-    if not found:
-        raise HookPointError(f"The model has none of the units {', '.join(units)}. Units are {', '.join(UNITS)}.")
-    return found
-
-
-@dataclass(frozen=True)
-class Cells:
-    """The single patches of one layer: row r patches pair[r] at column[r], a position or a head."""
-
-    pair: Int[Tensor, " row"]
-    column: Int[Tensor, " row"]
-    first_pos: Int[Tensor, " row"]
-    """The first position that the patch can change."""
-
-    def batches(self, n_pos: int, batch_tokens: int) -> Iterator["Cells"]:
-        """Yield all cells in batches whose rows run from the batch's lowest `first_pos` to the end.
-
-        Rows of one `first_pos` go together, at most `batch_tokens` tokens; few rows are joined by those of later
-        positions, until the batch is large enough to be worth a forward pass.
-        """
-        order = self.first_pos.argsort(stable=True)
-        firsts: list[int] = self.first_pos[order].tolist()
-        start = 0
-        while start < len(firsts):
-            width = n_pos - firsts[start]
-            enough = start + -(-batch_tokens // (_FULL_SHARE * width))
-            most = start + max(1, batch_tokens // width)
-            stop = min(most, max(enough, bisect_right(firsts, firsts[start])))
-            index = order[start:stop]
-            yield Cells(self.pair[index], self.column[index], self.first_pos[index])
-            start = stop
-
-
-def position_cells(first_change: Int[Tensor, " pair"], n_pos: int) -> Cells:
-    """Return every (pair, position) from each pair's first differing token on."""
-    positions = torch.arange(n_pos, device=first_change.device)
-    pair, column = (positions >= first_change[:, None]).nonzero(as_tuple=True)
-    return Cells(pair, column, column)
-
-
-def head_cells(first_change: Int[Tensor, " pair"], n_pos: int, n_heads: int) -> Cells:
-    """Return every (pair, head) of the pairs that differ at all."""
-    differs = (first_change < n_pos)[:, None].expand(-1, n_heads)
-    pair, column = differs.nonzero(as_tuple=True)
-    return Cells(pair, column, first_change[pair])
+    values = _WIDTHS_HELD * info.d_model + 4 * (info.d_mlp or 0) + (3 * info.d_vocab if needs_all_logits else 0)
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS, n_bytes // (4 * values)))
 
 
 def sweep_layer(
-    engine: PatchEngine, unit: Unit, layer: int, n_heads: int, batch_tokens: int
-) -> Float[np.ndarray, "pair column"]:
-    """Return the metric of each pair patched at each position (for `head_out`: at each head) of one layer, float32.
+    engine: PatchEngine,
+    unit: Unit,
+    layer: int,
+    batch_tokens: int,
+    only: Bool[Tensor, "pair pos"] | None = None,
+    neurons: Sequence[int] = (),
+) -> Float[np.ndarray, "pair *axes"]:
+    """Return the metric of each pair with each cell of a unit patched at one layer, float32.
 
-    `batch_tokens` bounds rows x positions of one forward pass.
+    Axes are those of `axes_of(unit)`: positions, heads, key/value heads, or the given `neurons`; with `only`, units by
+    position are patched at these positions alone (NaN elsewhere). `batch_tokens` bounds rows x positions of a forward
+    pass.
     """
-    runs, hook = engine.runs, hook_of(unit, layer)
-    by_head = unit == "head_out"
-    n_columns = n_heads if by_head else runs.n_pos
-    cells = (
-        head_cells(runs.first_change, runs.n_pos, n_heads) if by_head else position_cells(runs.first_change, runs.n_pos)
+    runs, info = engine.runs, engine.model.info
+    parts = n_parts(unit, info, len(neurons))
+    if is_by_pos(unit):
+        is_read_last = is_local(unit) and layer == info.n_layers - 1
+        cells = position_cells(runs.first_change, runs.n_pos, parts, only, is_read_last)
+    else:
+        cells = part_cells(runs.first_change, runs.n_pos, parts)
+    values = runs.base_metric[:, None, None].repeat(1, parts, runs.n_pos if is_by_pos(unit) else 1)
+    if only is not None and is_by_pos(unit):
+        values = values.masked_fill(~only[:, None], torch.nan)
+    values[cells.pair, cells.part, cells.pos.clamp_min(0)] = patched_cells(
+        engine, unit, layer, cells, batch_tokens, neurons
     )
-    values = runs.base_metric[:, None].repeat(1, n_columns)
-    d_head = runs.donors[hook].shape[-1] // n_heads
-    for batch in cells.batches(runs.n_pos, batch_tokens):
-        mask = _head_mask(batch.column, n_heads, d_head) if by_head else _position_mask(batch.column, runs.n_pos)
-        patches = Patches(hook, batch.pair, mask, int(batch.first_pos[0]))
-        values[batch.pair, batch.column] = engine.patched_metric(patches)
-    return values.cpu().numpy()
+    return values.reshape(runs.n_pairs, *_sizes(unit, parts, runs.n_pos)).cpu().numpy()
 
 
-def _position_mask(position: Int[Tensor, " row"], n_pos: int) -> Bool[Tensor, "row pos 1"]:
-    return (torch.arange(n_pos, device=position.device) == position[:, None])[:, :, None]
+def patched_cells(
+    engine: PatchEngine, unit: Unit, layer: int, cells: Cells, batch_tokens: int, neurons: Sequence[int] = ()
+) -> Float[Tensor, " cell"]:
+    """Return the metric of each of some cells of a unit at a layer, patched alone."""
+    runs = engine.runs
+    out = runs.base_metric.new_empty(len(cells))
+    numbered = Cells(cells.pair, torch.arange(len(cells), device=cells.pair.device), cells.pos, cells.first_pos)
+    for batch in numbered.batches(runs.n_pos, batch_tokens):
+        rows = batch.part
+        out[rows] = engine.patched_metric(_patches(engine, unit, layer, cells.take(rows), neurons))
+    return out
 
 
-def _head_mask(head: Int[Tensor, " row"], n_heads: int, d_head: int) -> Bool[Tensor, "row 1 width"]:
-    own = torch.arange(n_heads, device=head.device) == head[:, None]
-    return own.repeat_interleave(d_head, dim=1)[:, None]
+def _patches(engine: PatchEngine, unit: Unit, layer: int, cells: Cells, neurons: Sequence[int]) -> Patches:
+    return Patches(
+        hook=hook_of(unit, layer),
+        pair=cells.pair,
+        part=_parts(unit, cells.part, neurons),
+        part_width=1 if part_of(unit) == "neuron" else engine.model.info.d_head,
+        pos=cells.pos if is_by_pos(unit) else None,
+        first_pos=int(cells.first_pos.min()),
+    )
+
+
+def _parts(unit: Unit, part: Int[Tensor, " row"], neurons: Sequence[int]) -> Int[Tensor, " row"] | None:
+    if part_of(unit) is None:
+        return None
+    return torch.tensor(neurons, device=part.device)[part] if part_of(unit) == "neuron" else part
+
+
+def _sizes(unit: Unit, parts: int, n_pos: int) -> tuple[int, ...]:
+    return tuple(n_pos if axis == "pos" else parts for axis in axes_of(unit))

@@ -1,6 +1,7 @@
 """The read side of `generate_prompts`: tokens, prompts, and pairs ready to be run as batches."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +16,8 @@ from mi_pipe.core.errors import PromptError
 TOKENS_FILE = "tokens.parquet"
 PROMPTS_FILE = "prompts.parquet"
 DROPPED_FILE = "dropped.json"
+PLACE_PREFIX = "pos_"
+"""Begins the columns with the positions of named places."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class PairGroup:
     """The token that the metric sets against it."""
     labels: list[str]
     """The text of each token of the first clean prompt."""
+    sources: tuple[str, ...] = ()
+    """Template, relation or line that each pair came from; empty if unknown."""
+    places: Mapping[str, Int[np.ndarray, " pair"]] = field(default_factory=dict)
+    """Position of each named place of the clean prompts, -1 where a pair has none."""
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """What each pair came from, "" where that is unknown."""
+        return self.sources or ("",) * self.n_pairs
 
     @property
     def n_pairs(self) -> int:
@@ -120,6 +132,12 @@ class PromptSet(Artifact):
             answer=torch.from_numpy(clean["answer_id"].to_numpy(np.int64)),
             wrong=torch.from_numpy(clean["wrong_id"].to_numpy(np.int64)),
             labels=self.texts(int(first[0])),
+            sources=tuple(map(str, clean["source"])),
+            places={
+                name.removeprefix(PLACE_PREFIX): clean[name].fillna(-1).to_numpy(np.int64)
+                for name in clean.columns
+                if name.startswith(PLACE_PREFIX)
+            },
         )
 
     def _batch(self, indices: Int[np.ndarray, " pair"]) -> Int[Tensor, "pair pos"]:

@@ -24,6 +24,7 @@ STAGE_PAGES = {
     "score_features": "features",
     "heads": "heads",
     "patch": "patching",
+    "attribute": "attribution",
     "circuits": "circuit",
 }
 """Stages in the order of the pipeline, and the page that shows each."""

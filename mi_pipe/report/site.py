@@ -9,7 +9,19 @@ from typing import Any
 import pandas as pd
 
 from mi_pipe.core.artifact import Artifact
-from mi_pipe.report import activations, attention, circuit, features, heads, model, overview, patching, prompts, saes
+from mi_pipe.report import (
+    activations,
+    attention,
+    attribution,
+    circuit,
+    features,
+    heads,
+    model,
+    overview,
+    patching,
+    prompts,
+    saes,
+)
 from mi_pipe.report.claims import Verdict
 from mi_pipe.report.page import Page, PagePlan
 
@@ -61,6 +73,7 @@ def page_plans(
         ("heads", "heads", "Heads", heads.page),
         ("heads", "attention", "Attention", partial(attention.page, n_prompts=n_prompts)),
         ("patching", "patching", "Patching", patching.page),
+        ("attribution", "attribution", "Attribution", attribution.page),
         ("circuit", "circuit", "Circuits", circuit.page),
     ]
     first = partial(overview.page, ordered, verdicts, recipe)

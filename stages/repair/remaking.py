@@ -18,6 +18,7 @@ from mi_pipe.core.store import Store
 from mi_pipe.models.handle import resolve_model
 from mi_pipe.opening import open_artifact
 from stages import (
+    attribute,
     circuits,
     generate_prompts,
     harvest,
@@ -33,7 +34,7 @@ from stages import (
 
 _MODULES = (
     *(train_model, harvest, import_activations, train_saes, import_saes),
-    *(score_features, heads, patch, circuits, report),
+    *(score_features, heads, patch, attribute, circuits, report),
 )
 _STAGES: dict[str, tuple[Stage[Any, Any], Any]] = {
     **{module.STAGE.name: (module.STAGE, module.STAGE.config) for module in _MODULES},

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import bench.sae_train
+from bench.clock import timed
 from bench.sae_train.__main__ import figures, parse
-from bench.sae_train.clock import timed
 from bench.sae_train.peer import Peer
 from bench.sae_train.quality import Subject
 from bench.sae_train.rows import mixture

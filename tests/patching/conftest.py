@@ -11,6 +11,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from mi_pipe.models.loading import wrap_hf_model
@@ -31,6 +32,7 @@ HF_CONFIGS = {
     "gemma2": Gemma2Config(
         **SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=2.0, **LONG
     ),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, **LONG),
 }
 NATIVE = {
     "n_layers": 2,
@@ -47,7 +49,7 @@ NATIVE_FIELDS = {
     "native_attn_only": {**NATIVE, "attn_only": True, "positional_embedding_type": "rotary"},
     "native_mlp": {**NATIVE, "d_mlp": 48, "positional_embedding_type": "standard"},
 }
-ARCHITECTURES = ["gpt2", "neox", "llama_gqa", "native_attn_only", "native_mlp"]
+ARCHITECTURES = ["gpt2", "neox", "llama_gqa", "gemma2", "qwen3", "native_attn_only", "native_mlp"]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -64,7 +66,7 @@ def make_model(name: str) -> Model:
         with torch.no_grad():
             for weight in module.parameters():
                 if weight.ndim > 1:
-                    weight.mul_(4.0)
+                    weight.mul_(3.0)
         return wrap_native(module)
     return wrap_hf_model(AutoModelForCausalLM.from_config(HF_CONFIGS[name]), word_tokenizer(), name)
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from mi_pipe.models.model import Model
-from mi_pipe.patching.sweep import hook_of
+from mi_pipe.patching.units import axes_of, hook_of, layers_of, part_of
 from mi_pipe.prompts.prompt_set import PairGroup
 
 SHARED = 2
@@ -38,31 +38,51 @@ def token_pairs(clean: list[int], corrupted: list[int], answer: int, wrong: int)
     )
 
 
+@torch.no_grad()
 def brute_force(model: Model, group: PairGroup, unit: str, direction: str = "denoising") -> np.ndarray:
-    """Patch each (pair, layer, column) alone with a plain hook and a whole forward pass."""
+    """Patch each (pair, layer, cell) alone with plain hooks and a whole forward pass: logit differences."""
     base, donor = (group.corrupted, group.clean) if direction == "denoising" else (group.clean, group.corrupted)
-    n_heads = model.info.n_heads
-    n_columns = n_heads if unit == "head_out" else group.n_pos
-    out = np.zeros((len(base), model.info.n_layers, n_columns), np.float32)
-    for layer in range(model.info.n_layers):
+    n_parts = {"head": model.info.n_heads, "kv_head": model.info.n_kv_heads}.get(part_of(unit) or "", 1)
+    n_pos = group.n_pos if "pos" in axes_of(unit) else 1
+    layers = layers_of(unit, model.info)
+    out = np.zeros((len(base), len(layers), n_parts, n_pos), np.float32)
+    for layer in layers:
         hook = hook_of(unit, layer)
         for b in range(len(base)):
-            seen = []
-            with model.edited({hook: lambda v, s=seen: s.append(v.clone())}):
-                model.logits(donor[b : b + 1])
-            for column in range(n_columns):
-
-                def edit(value, donated=seen[0], column=column):
-                    value = value.clone()
-                    if unit == "head_out":
-                        width = value.shape[-1] // n_heads
-                        part = slice(column * width, (column + 1) * width)
-                        value[:, :, part] = donated[:, :, part]
-                    else:
-                        value[:, column] = donated[:, column]
-                    return value
-
-                with model.edited({hook: edit}):
+            given, own = (_seen(model, hook, prompts[b : b + 1]) for prompts in (donor, base))
+            for part, pos in np.ndindex(n_parts, n_pos):
+                width = given.shape[-1] // n_parts
+                columns = slice(part * width, (part + 1) * width)
+                rows = slice(pos, pos + 1) if n_pos > 1 else slice(None)
+                edits = _edits(hook, given, own, rows, columns)
+                with model.edited(edits):
                     logits = model.logits(base[b : b + 1])[0, -1]
-                out[b, layer, column] = float(logits[group.answer[b]] - logits[group.wrong[b]])
-    return out
+                out[b, layer, part, pos] = float(logits[group.answer[b]] - logits[group.wrong[b]])
+    sizes = [group.n_pos if axis == "pos" else n_parts for axis in axes_of(unit)]
+    return out.reshape(len(base), len(layers), *sizes)
+
+
+def _seen(model: Model, hook: str, tokens: torch.Tensor) -> torch.Tensor:
+    seen = []
+    with model.edited({hook: lambda value: seen.append(value.clone())}):
+        model.logits(tokens)
+    return seen[0]
+
+
+def _edits(hook: str, given: torch.Tensor, own: torch.Tensor, rows: slice, columns: slice):
+    """Put the donor's value into rows and columns; between attention and MLP, into what the block adds up as well."""
+
+    def put(value):
+        value = value.clone()
+        value[:, rows, columns] = given[:, rows, columns]
+        return value
+
+    if not hook.endswith("hook_resid_mid"):
+        return {hook: put}
+
+    def add(value):
+        value = value.clone()
+        value[:, rows] += given[:, rows] - own[:, rows]
+        return value
+
+    return {hook: put, hook.replace("resid_mid", "resid_post"): add}

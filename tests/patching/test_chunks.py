@@ -6,7 +6,8 @@ import pytest
 from mi_pipe.core.errors import HookPointError, PromptError
 from mi_pipe.models.hook_points import HookMap, HookSite
 from mi_pipe.patching.chunks import check_fits, choose_pairs, chunks_of
-from mi_pipe.patching.sweep import UNITS, present_units
+from mi_pipe.patching.units import DEFAULT_UNITS as UNITS
+from mi_pipe.patching.units import present_units
 from tests.patching.conftest import make_model
 from tests.patching.pairs import random_pairs
 

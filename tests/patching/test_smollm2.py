@@ -13,7 +13,9 @@ from mi_pipe.models.source import load_source
 from mi_pipe.patching.engine import RestartEngine, make_engine
 from mi_pipe.patching.metrics import logit_diff
 from mi_pipe.patching.runs import run_pairs
-from mi_pipe.patching.sweep import UNITS, hook_of, sweep_layer
+from mi_pipe.patching.sweep import sweep_layer
+from mi_pipe.patching.units import DEFAULT_UNITS as UNITS
+from mi_pipe.patching.units import hook_of
 from mi_pipe.prompts.prompt_set import PairGroup
 from tests.patching.pairs import token_pairs
 
@@ -58,7 +60,7 @@ def test_patching_equals_transformer_lens(model, group):
             name,
             index_df=index,
         )
-        found = [sweep_layer(engine, unit, layer, model.info.n_heads, 2048)[0] for layer in LAYERS]
+        found = [sweep_layer(engine, unit, layer, 2048)[0] for layer in LAYERS]
         largest = max(largest, float((torch.from_numpy(np.concatenate(found)) - wanted).abs().max()))
     assert largest <= 1e-5 * scale
 

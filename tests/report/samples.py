@@ -11,6 +11,7 @@ import xarray as xr
 from mi_pipe.activations.harvest.capture import capture
 from mi_pipe.attention.head_scores import HeadScores
 from mi_pipe.attention.pattern_store import write_patterns
+from mi_pipe.attribution.attributions import Attributions
 from mi_pipe.circuits.circuit_set import CircuitSet
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.manifest import InputRef, MadeOf
@@ -27,6 +28,8 @@ from mi_pipe.report.claims import Claim
 from mi_pipe.report.site import Report
 from stages import generate_prompts, harvest, import_activations
 from stages.report import STAGE, Inputs, ReportConfig
+from tests.report.attribution_samples import write_attribution
+from tests.report.head_samples import write_evidence
 from tests.stages.toys import toy_model
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken out'\">"
@@ -47,6 +50,7 @@ def sample_artifacts(store: Store) -> list[Artifact]:
         FeatureSet(publish(store, "score_features", _features, model=model).path),
         HeadScores(publish(store, "heads", _heads, **used).path),
         PatchEffects(publish(store, "patch", _effects, {}, f"patch.{HOSTILE}", **used).path),
+        Attributions(publish(store, "attribute", _attribution, {}, f"attribution.{HOSTILE}", **used).path),
         CircuitSet(publish(store, "circuits", _circuit, {}, f"circuits.{HOSTILE}", **used).path),
     ]
 
@@ -256,7 +260,12 @@ def _heads(work: Workspace) -> dict:
     tokens = [np.arange(N_POS), np.arange(4)]
     parts = [pattern, pattern[:, :, :4, :4]]
     write_patterns(work.path("patterns/ioi.zarr"), [0, 2], tokens, parts, (N_LAYERS, N_HEADS), labels)
+    write_evidence(work, N_LAYERS, N_HEADS, N_PAIRS)
     return {"induction_score": 0.9}
+
+
+def _attribution(work: Workspace) -> None:
+    write_attribution(work, TOKENS, N_LAYERS, N_HEADS, N_PAIRS)
 
 
 def _effects(work: Workspace) -> dict:

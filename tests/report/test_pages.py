@@ -7,7 +7,7 @@ import pytest
 
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.store import Store
-from mi_pipe.report import attention, circuit, features, heads, overview, patching, prompts, saes
+from mi_pipe.report import attention, attribution, circuit, features, heads, overview, patching, prompts, saes
 from mi_pipe.report.layered import folded, layered_graph
 from mi_pipe.report.lineage import lineage
 from mi_pipe.report.overview import Recipe
@@ -39,7 +39,18 @@ def test_pages_are_those_of_the_stages_that_are_there(artifacts):
 
     assert slugs([]) == ["index"]
     assert slugs(of(artifacts, "heads")) == ["index", "heads", "attention"]
-    everything = ["index", "model", "prompts", "saes", "features", "heads", "attention", "patching", "circuit"]
+    everything = [
+        "index",
+        "model",
+        "prompts",
+        "saes",
+        "features",
+        "heads",
+        "attention",
+        "patching",
+        "attribution",
+        "circuit",
+    ]
     assert slugs(list(reversed(artifacts))) == everything
 
 
@@ -220,6 +231,21 @@ def test_patching_heatmaps_are_the_recovered_fraction(artifacts):
     np.testing.assert_allclose(np.array(figures["resid_pre"].view["values"]), expected, rtol=1e-4)
     assert figures["resid_pre"].view["low"] == -figures["resid_pre"].view["high"]
     assert len(figures["resid_pre"].view["columns"]) == N_POS
+
+
+def test_attribution_heatmaps_are_fractions_of_the_runs_difference_and_paths_have_a_column_for_mlps(artifacts):
+    found = of(artifacts, "attribute")[0]
+    page = attribution.page([found])
+    figures = {figure.name.partition("-")[0]: figure for figure in page.figures}
+    whole = found.to_xarray()["z_whole"].to_numpy().mean(0)
+    np.testing.assert_allclose(np.array(figures["z"].view["values"]), whole / 4.0, rtol=1e-3, atol=1e-4)
+    by_pos = found.to_xarray()["attn_out"].to_numpy().mean(0)
+    np.testing.assert_allclose(np.array(figures["attn_out"].view["values"]), by_pos / 4.0, rtol=1e-3, atol=1e-4)
+    assert figures["paths0"].view["columns"] == ["0", "1", "2", "mlp"]
+    assert figures["paths0"].view["values"][1][3] == pytest.approx(7 / 8)
+    shown = page.context["sections"][0]["verified"]
+    assert shown["exact_mean_abs"].is_monotonic_decreasing
+    assert list(shown.columns[2:4]) == ["mean", "exact_mean"]
 
 
 def test_samples_mark_labelled_positions(artifacts):

@@ -1,0 +1,1 @@
+"""The speed of activation patching beside TransformerLens' own."""

@@ -1,0 +1,37 @@
+"""One run of the plain model that keeps values at hook points and the last position's logits."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mi_pipe.core.errors import HookPointError
+from mi_pipe.models.model import Model
+from mi_pipe.models.reading import Reading, listening
+from mi_pipe.patching.readout import last_logits
+
+
+@torch.no_grad()
+def record(
+    model: Model, tokens: Int[Tensor, "pair pos"], hooks: list[str], **options: Any
+) -> tuple[Float[Tensor, "pair d_vocab"], dict[str, Tensor]]:
+    """Run prompts; return the last position's logits and each hook point's value (pair, pos, width), heads not split.
+
+    Raises HookPointError for hook points that only the bridge has.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        found[name] = value.clone()
+
+    with listening(model.module, {name: _reading(model, name) for name in hooks}, keep):
+        logits = last_logits(model, tokens, **options)
+    return logits, found
+
+
+def _reading(model: Model, name: str) -> Reading:
+    reading = model.hooks[name].reading
+    if reading is None:
+        raise HookPointError(f"Hook point {name!r} cannot be read on the plain model; use the bridge.")
+    return reading
