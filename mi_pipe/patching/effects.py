@@ -13,7 +13,7 @@ import xarray as xr
 
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.errors import ConfigError, near_names
-from mi_pipe.patching.metrics import effect_fraction
+from mi_pipe.patching.metrics import Direction, effect_fraction
 from mi_pipe.patching.places import NO_PLACE, place_positions
 from mi_pipe.patching.statistics import (
     Resampling,
