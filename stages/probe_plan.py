@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Bool
 from pydantic import Field
 
+from mi_pipe.activations.hook_choice import choose_hooks
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.models.device import pick_device
 from mi_pipe.models.source import ModelSource
 from mi_pipe.probes.config import CausalConfig, LabelConfig, ProbeOptions, SplitConfig
-from mi_pipe.probes.hook_choice import choose_hooks
 from mi_pipe.probes.labels import check_label, column_names, column_values, labels_of
 from mi_pipe.probes.positions import check_positions, rows_at
 from mi_pipe.probes.split import split_prompts

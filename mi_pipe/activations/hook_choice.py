@@ -1,4 +1,4 @@
-"""Which hook points of a store are probed, in the order in which the model computes them."""
+"""Which hook points of a store are meant by names and patterns, in the order in which the model computes them."""
 
 import re
 
