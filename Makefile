@@ -16,7 +16,7 @@ check:  ## format, lint, types, layers, tests, docs
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.generate --check
-	$(BIN)/python -m pytest -m "not slow and not real_model and not storm" --doctest-modules mi_pipe stages flows tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real_model and not storm" --doctest-modules mi_pipe stages flows tests
 
 slow: $(READY)  ## the slow proofs: real model, kill storms
 	$(BIN)/mi-pipe models pull smollm2-135m

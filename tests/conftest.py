@@ -1,6 +1,7 @@
 """Every test works in its own store, quietly, with one thread, and with a Prefect home of its own."""
 
 import os
+import tempfile
 
 import pytest
 
@@ -15,6 +16,11 @@ collect_ignore = [
 ]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# One for each process: pytest-xdist runs several at once. It goes when this object does, at the process' end.
+_PREFECT_HOME = tempfile.TemporaryDirectory(prefix="mi-pipe-prefect-", ignore_cleanup_errors=True)
+os.environ["PREFECT_HOME"] = _PREFECT_HOME.name
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 
 
 @pytest.fixture(autouse=True)
