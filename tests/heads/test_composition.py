@@ -10,7 +10,7 @@ from mi_pipe.heads.folding import folded_weights
 from mi_pipe.models.head_weights import head_weights
 from tests.circuits.tiny import model
 
-NAMES = ["gpt2", "neox", "llama_gqa", "gemma2", "native_attn_only"]
+NAMES = ["gpt2", "neox", "llama_gqa", "gemma2", "qwen3", "native_attn_only"]
 
 
 def layers_of(name):

@@ -7,7 +7,7 @@ from tests.circuits.tiny import model, pairs
 PLACES = torch.tensor([[0, 2, 3], [1, 2, 4], [0, 3, 5]])
 
 
-def brute_force(here, layer, states, tokens, sign):
+def brute_force(name, here, layer, states, tokens, sign):
     """One name, one head at a time, with the block's own modules."""
     attention_norm = here.submodule(here.hooks[f"blocks.{layer}.ln1.hook_in"].module_path)
     n_heads, d_head = here.info.n_heads, here.info.d_head
@@ -21,13 +21,16 @@ def brute_force(here, layer, states, tokens, sign):
         for state, token in zip(states, tokens.tolist(), strict=True):
             value = attention_norm(state) @ w_v[group]
             value = value + b_v.reshape(-1, d_head)[group] if b_v is not None else value
-            written = sign * (value @ w_o[head])
+            written = value @ w_o[head]
+            if name == "gemma2":
+                written = here.module.model.layers[layer].post_attention_layernorm(written)
+            written = sign * written
             right += token in here.unembedding(here.final_norm(written)).topk(5).indices.tolist()
         found.append(right / len(states))
     return found
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox", "llama_gqa"])
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama_gqa", "qwen3", "gemma2"])
 def test_scores_are_those_of_the_definition(name):
     here, prompts = model(name), pairs().clean
     names = read_names(here, prompts, PLACES)
@@ -36,7 +39,7 @@ def test_scores_are_those_of_the_definition(name):
     for layer in range(2):
         for row, sign in enumerate((1, -1)):
             assert scores[layer][row].tolist() == pytest.approx(
-                brute_force(here, layer, names.states, names.tokens, sign)
+                brute_force(name, here, layer, names.states, names.tokens, sign)
             )
     assert 0 < torch.stack(scores).mean() < 1, "some names are copied, and some are not"
 

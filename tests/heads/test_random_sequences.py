@@ -44,7 +44,7 @@ def test_sequences_are_blocks_written_four_times_of_neither_rare_nor_common_toke
     assert all(len(set(row)) == found.period for row in found.tokens[:, : found.period].tolist())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox", "llama_gqa", "gemma2", "native_attn_only"])
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama_gqa", "gemma2", "qwen3", "native_attn_only"])
 def test_scores_equal_a_loop_over_heads_and_positions(name):
     here = model(name)
     sequences = random_sequences(here.vocabulary, here.info, 2, 4, seed=1)
