@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,7 @@ from mi_pipe.heads.evidence import logit_share, place_evidence, prompts_evidence
 from mi_pipe.heads.prompt_attention import HABITS, place_positions
 from mi_pipe.models.info import ModelInfo
 from stages.heads_plan import HeadsConfig, HeadsPlan, TaskPlan, batch_key
-from stages.heads_units import REFUSED, Arrays, Units
+from stages.heads_units import REFUSED, Units
 
 _PLACES = ("from", "to")
 _BY_PART = {"heads": ("layer", "head"), "attn_bias": ("layer",), "mlps": ("layer",)}
@@ -87,11 +88,7 @@ class HeadsFiles:
         rules = criteria(self.config.thresholds)
         table = classify(evidence, rules)
         task = self.plan.names_task
-        reasons = self.plan.refused | {
-            f"attribution of {task.name}": bytes(self._first(task)[REFUSED]).decode()
-            for task in self.plan.tasks
-            if REFUSED in self._first(task)
-        }
+        reasons = self.plan.refused | {f"attribution of {name}": reason for name, reason in self._refusals.items()}
         record = {"criteria": criteria_record(rules), "task": task.name if task else None, "refused": reasons}
         self.work.write_table(CLASSES_FILE, table)
         self.work.write_json(CRITERIA_FILE, record)
@@ -168,10 +165,17 @@ class HeadsFiles:
         dataset.assign_coords(numbers).to_zarr(self.work.path(name), mode="w", zarr_format=3, consolidated=False)
 
     def _is_attributed(self, task: TaskPlan) -> bool:
-        return "heads" in self._first(task)
+        return not self.plan.refused and task.name not in self._refusals
 
-    def _first(self, task: TaskPlan) -> Arrays:
-        return self.units.read(task.key(task.chunks[0]))
+    @cached_property
+    def _refusals(self) -> dict[str, str]:
+        """Why a task has no attribution: its components did not sum to the logits in some chunk of pairs."""
+        found: dict[str, str] = {}
+        for task in self.plan.tasks:
+            units = (self.units.read(task.key(chunk)) for chunk in task.chunks)
+            reason = next((unit[REFUSED] for unit in units if REFUSED in unit), None)
+            found |= {} if reason is None else {task.name: bytes(reason).decode()}
+        return found
 
     def _chunks(self, task: TaskPlan, name: str) -> np.ndarray:
         return self._join([task.key(chunk) for chunk in task.chunks], name)

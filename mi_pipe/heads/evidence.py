@@ -21,12 +21,17 @@ def prompts_evidence(habits: Sequence[Float[np.ndarray, "pair layer head habit"]
 def place_evidence(
     places: Float[np.ndarray, "pair layer head from to"], names: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "layer head"]]:
-    """Return the mean attention between the places that classes ask for, as `end_to_io`; NaN pairs are left out."""
+    """Return the mean attention between the places that classes ask for, as `end_to_io`.
+
+    Pairs that lack it (NaN) are left out; NaN where all do.
+    """
     found = {}
     for query, key in _PAIRS_OF_PLACES:
         cells = places[..., names.index(query), names.index(key)]
         is_there = np.isfinite(cells)
-        found[f"{query}_to_{key}"] = np.where(is_there, cells, 0).sum(0) / np.maximum(is_there.sum(0), 1)
+        n_pairs = is_there.sum(0)
+        total = np.where(is_there, cells, 0).sum(0)
+        found[f"{query}_to_{key}"] = np.where(n_pairs > 0, total / np.maximum(n_pairs, 1), np.nan)
     return found
 
 

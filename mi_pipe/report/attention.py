@@ -38,12 +38,15 @@ def packed(pattern: Float[np.ndarray, "head query key"]) -> list[str]:
 
 
 def mean_distance(pattern: Float[np.ndarray, "layer head query key"]) -> Float[np.ndarray, "layer head"]:
-    """Return sum over keys of attention * (query - key), mean over the queries that are part of the prompt."""
+    """Return sum over keys of attention * (query - key), mean over the prompt's queries but the first.
+
+    The first has no choice: it is left out as in the stage's own `mean_distance`.
+    """
     n_pos = pattern.shape[-1]
     back = np.arange(n_pos)[:, None] - np.arange(n_pos)[None, :]
     of_query = np.nansum(pattern * back, axis=-1)
-    is_query = np.isfinite(pattern[..., 0])
-    return np.where(is_query, of_query, 0.0).sum(-1) / np.maximum(is_query.sum(-1), 1)
+    is_query = np.isfinite(pattern[..., 0])[..., 1:]
+    return np.where(is_query, of_query[..., 1:], 0.0).sum(-1) / np.maximum(is_query.sum(-1), 1)
 
 
 def _key(artifact: HeadScores, task: str) -> str:

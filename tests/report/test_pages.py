@@ -8,6 +8,8 @@ import pytest
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.store import Store
 from mi_pipe.report import attention, attribution, circuit, features, heads, overview, patching, prompts, saes
+from mi_pipe.report import lenses as lens_page
+from mi_pipe.report import probes as probe_page
 from mi_pipe.report.layered import folded, layered_graph
 from mi_pipe.report.lineage import lineage
 from mi_pipe.report.overview import Recipe
@@ -17,6 +19,7 @@ from tests.report.samples import (
     HOSTILE,
     N_HEADS,
     N_LAYERS,
+    N_PAIRS,
     N_POS,
     SAE,
     TOKENS,
@@ -45,6 +48,8 @@ def test_pages_are_those_of_the_stages_that_are_there(artifacts):
         "prompts",
         "saes",
         "features",
+        "lenses",
+        "probes",
         "heads",
         "attention",
         "patching",
@@ -203,7 +208,7 @@ def test_mean_distance_is_that_of_a_loop_and_leaves_padding_out():
     pattern = rng.random((1, 1, 4, 4)) * np.tril(np.ones((4, 4)))
     padded = np.full((1, 1, 6, 6), np.nan)
     padded[:, :, :4, :4] = pattern
-    expected = np.mean([sum(pattern[0, 0, q, k] * (q - k) for k in range(q + 1)) for q in range(4)])
+    expected = np.mean([sum(pattern[0, 0, q, k] * (q - k) for k in range(q + 1)) for q in range(1, 4)])
     assert attention.mean_distance(padded)[0, 0] == pytest.approx(expected)
 
 
@@ -246,6 +251,75 @@ def test_attribution_heatmaps_are_fractions_of_the_runs_difference_and_paths_hav
     shown = page.context["sections"][0]["verified"]
     assert shown["exact_mean_abs"].is_monotonic_decreasing
     assert list(shown.columns[2:4]) == ["mean", "exact_mean"]
+
+
+def test_lens_maps_are_means_over_prompts_of_one_length_and_curves_are_of_the_last_token(artifacts):
+    [found] = of(artifacts, "lenses")
+    page = lens_page.page([found])
+    figures = {figure.name.rpartition("-0-lenses")[0]: figure for figure in page.figures}
+    data = found.to_xarray("ioi")
+    kl = data["kl"].to_numpy()[:, : N_PAIRS - 1].mean(1)
+    np.testing.assert_allclose(np.array(figures["kl-map-logit"].view["values"]), kl[0], rtol=1e-4)
+    assert figures["kl-map-tuned"].view["values"][-1] == [None] * N_POS, "the last depth has no translator"
+    assert figures["kl-map-tuned"].view["high"] == figures["kl-map-logit"].view["high"]
+    assert figures["kl-map-logit"].view["columns"][0] == TOKENS[0]
+    answer = data["log_prob"].sel(lens="logit", choice="answer", depth=1).to_numpy()
+    ends = [*answer[:-1, N_POS - 1], answer[-1, N_POS - 3]]
+    curve = figures["answer"].data.query("token == 'answer, logit lens' and depth == 1")
+    assert curve["log_prob"].item() == pytest.approx(np.mean(ends))
+    places = data["rank"].sel(lens="logit", choice="answer", depth=1).to_numpy() + 1
+    drawn = figures["place"].data.query("lens == 'logit lens' and depth == 1")["place"].item()
+    assert drawn == np.median([*places[:-1, N_POS - 1], places[-1, N_POS - 3]])
+    assert page.context["sections"][0]["tasks"][0]["n_mapped"] == N_PAIRS - 1
+
+
+def test_prompts_are_read_token_by_token_and_the_next_token_is_marked(artifacts):
+    [found] = of(artifacts, "lenses")
+    [task] = lens_page.page([found]).context["sections"][0]["tasks"]
+    grid = task["grids"][0]
+    assert grid["tokens"] == TOKENS
+    assert grid["answer"] == TOKENS[0]
+    assert [row["depth"] for row in grid["lenses"]["logit"]] == [0, 1, 2]
+    assert [row["depth"] for row in grid["lenses"]["tuned"]] == [0, 1]
+    data = found.to_xarray("ioi").sel(lens="tuned", prompt=0, depth=1)
+    cells = grid["lenses"]["tuned"][1]["cells"]
+    assert [cell["text"] for cell in cells] == [TOKENS[i] for i in data["top_id"].to_numpy()[:, 0]]
+    assert [cell["is_next"] for cell in cells] == (data["rank"].sel(choice="next").to_numpy() == 0).tolist()
+    assert cells[3]["probability"] == pytest.approx(float(np.exp(data["top_log_prob"][3, 0])))
+
+
+def test_probes_stand_beside_their_control_task_and_the_best_is_chosen_on_validation(artifacts):
+    [found] = of(artifacts, "probes")
+    page = probe_page.page([found])
+    figures = {figure.name.rpartition("-probes-")[0]: figure for figure in page.figures}
+    labels = page.context["sections"][0]["labels"]
+    assert [(label["name"], label["figure"]) for label in labels] == [(HOSTILE, "accuracy"), ("place", "R²")]
+    curve = figures["test-0-0"].data.set_index(["probe", "layer"])
+    assert curve.loc[("linear", 1), "value"] == pytest.approx(0.7)
+    assert curve.loc[("linear, control", 1)][["value", "low", "high"]].tolist() == pytest.approx([0.5, 0.4, 0.6])
+    assert set(curve.index.get_level_values(0)) == {
+        "linear",
+        "linear, control",
+        "mlp",
+        "mlp, control",
+        "commonest class",
+    }
+    assert "commonest class" not in figures["test-0-1"].data["probe"].tolist(), "a number has no classes"
+    assert labels[0]["best"]["hook"].tolist() == ["blocks.1.hook_resid_post"] * 4
+    assert figures["selectivity-linear-0"].view["columns"] == ["last", figures["test-mlp-0"].view["columns"][1]]
+    assert labels[1]["maps"] == [], "one position"
+    assert set(figures["l2-0"].data["rows"]) == {"training", "validation", "training, control", "validation, control"}
+
+
+def test_causal_checks_are_changes_against_the_model_left_alone(artifacts):
+    [found] = of(artifacts, "probes")
+    figures = {figure.name.rpartition("-probes-")[0]: figure for figure in probe_page.page([found]).figures}
+    by_amount = figures["moved-0"].data.set_index(["direction", "amount"])["value"]
+    assert by_amount["along the probe"].tolist() == [-2, 0, 2], "at layer 1, chosen on validation"
+    assert by_amount["along a random direction"].tolist() == [0, 0, 0]
+    by_layer = figures["moved-layers-0"].data.set_index(["direction", "layer"])["value"]
+    assert by_layer["along the probe"].tolist() == [1, 2]
+    assert figures["carried-0"].view["values"] == [[1.0, 0.5], [None, 1.0]]
 
 
 def test_samples_mark_labelled_positions(artifacts):

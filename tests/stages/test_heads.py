@@ -6,7 +6,7 @@ import zarr
 
 import mi_pipe
 from mi_pipe.attention.head_scores import HeadScores
-from mi_pipe.core.errors import ConfigError, PromptError
+from mi_pipe.core.errors import ConfigError, PromptError, StageError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
 from mi_pipe.heads.attribution import attribute_logit_diff
@@ -15,6 +15,7 @@ from mi_pipe.heads.composition import composition
 from mi_pipe.heads.prompt_attention import measure_attention, place_positions
 from mi_pipe.models.head_weights import head_weights
 from stages import heads as stage
+from stages import heads_units
 from stages.heads import STAGE, HeadsConfig, Inputs
 from tests.stages.killed import resume_after_kill
 from tests.stages.toys import toy_corpus, toy_model, toy_task
@@ -197,6 +198,24 @@ def test_a_task_without_names_has_attention_and_attribution(heads):
     assert "places" not in heads.attention("induction")
     with pytest.raises(ConfigError, match="no attribution of task 'ioi'"):
         heads.attribution("ioi")
+
+
+def test_a_task_whose_last_chunk_cannot_be_attributed_has_no_attribution(tmp_path, inputs, monkeypatch):
+    calls = []
+
+    def refuse_the_second(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise StageError("off by 2")
+        return attribute_logit_diff(*given)
+
+    monkeypatch.setattr(heads_units, "attribute_logit_diff", refuse_the_second)
+    given = Inputs(model=inputs.model, tasks=inputs.tasks[:1])
+    found = HeadScores(execute(STAGE, CONFIG, given, Store(tmp_path)).artifact.path)
+    assert len(calls) == 2, "pairs of two lengths"
+    assert found.attributed_tasks == []
+    assert found.refused == {"attribution of induction": "off by 2"}
+    assert found.attended_tasks == ["induction"]
 
 
 def test_a_killed_last_unit_is_done_again(tmp_path, named, named_task, inputs, store):
