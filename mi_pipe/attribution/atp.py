@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_pipe.attribution.nodes import Kind, Site, sites_of
-from mi_pipe.attribution.recording import NodeRun, RunMetric, run_nodes, wide
+from mi_pipe.attribution.recording import NodeRun, RunMetric, run_nodes
 from mi_pipe.models.model import Model
+from mi_pipe.patching.readout import wide
 
 Effects = dict[Kind, Float[Tensor, "pair *axes"]]
 """By kind, with the axes that `nodes.axes_of` names; float32 or wider."""

@@ -20,8 +20,9 @@ from mi_pipe.attribution.atp import (
 from mi_pipe.attribution.grad_drop import branch_sites, dropped_gradients, n_terms
 from mi_pipe.attribution.nodes import Kind, Site, sites_of
 from mi_pipe.attribution.qk_fix import PatternChange, pattern_change
-from mi_pipe.attribution.recording import NodeRun, RunMetric, run_nodes, wide
+from mi_pipe.attribution.recording import NodeRun, RunMetric, run_nodes
 from mi_pipe.models.model import Model
+from mi_pipe.patching.readout import wide
 
 _FIXED: tuple[Kind, ...] = ("q", "k")
 

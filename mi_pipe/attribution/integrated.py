@@ -23,9 +23,10 @@ from mi_pipe.attribution.atp import (
     summed_over_positions,
 )
 from mi_pipe.attribution.nodes import Kind, Site, sites_of
-from mi_pipe.attribution.recording import NodeRun, RunMetric, run_nodes, wide
+from mi_pipe.attribution.recording import NodeRun, RunMetric, run_nodes
 from mi_pipe.models.model import Model
 from mi_pipe.patching.metrics import Direction
+from mi_pipe.patching.readout import wide
 
 _EMBED = Site("embed")
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_pipe.attribution.recording import last_logits
 from mi_pipe.models.model import Model
 from mi_pipe.patching.metrics import Metric, PairInfo, metric_of_logits
+from mi_pipe.patching.readout import last_logits
 from mi_pipe.prompts.prompt_set import PairGroup
 
 
@@ -24,7 +24,7 @@ class PairMetric:
     def of(cls, model: Model, group: PairGroup, metric: Metric) -> "PairMetric":
         """Collect what the metric needs; the clean prompts are run where it needs all logits."""
         answers, wrongs = (tokens[:, None].to(model.device) for tokens in (group.answer, group.wrong))
-        clean = last_logits(model, group.clean.to(model.device)) if metric.needs_all_logits else None
+        clean = last_logits(model, group.clean.to(model.device), use_cache=False) if metric.needs_all_logits else None
         return cls(metric, PairInfo(answers, wrongs, clean))
 
     def __call__(

@@ -24,8 +24,9 @@ from mi_pipe.attribution.atp import PairTokens
 from mi_pipe.attribution.attention_calls import AttentionCall, listening_to_attention
 from mi_pipe.attribution.nodes import Site, sites_of
 from mi_pipe.attribution.path_nodes import MLPs, Receiver, Sender, check_path
-from mi_pipe.attribution.recording import NodeRun, last_logits, run_nodes
+from mi_pipe.attribution.recording import NodeRun, run_nodes
 from mi_pipe.models.model import Edit, Model
+from mi_pipe.patching.readout import last_logits
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ class PathPatcher:
         tokens = self.pairs.base[pair]
         isolated = _Isolated(self, senders, receivers, pair, sender)
         with isolated.running():
-            logits = last_logits(self.model, tokens)
+            logits = last_logits(self.model, tokens, use_cache=False)
         if receivers[0].kind == "logits":
             return self.metric(logits, pair)
         with isolated.receiving():
-            return self.metric(last_logits(self.model, tokens), pair)
+            return self.metric(last_logits(self.model, tokens, use_cache=False), pair)
 
 
 class _Isolated:

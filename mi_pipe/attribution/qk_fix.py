@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_pipe.attribution.attention_calls import AttentionCall
-from mi_pipe.attribution.recording import wide
+from mi_pipe.patching.readout import wide
 
 _UNSEEN = -1e30
 """Masks are minus infinity or about the lowest number; bfloat16's and float16's too."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from mi_pipe.attribution.attention_calls import AttentionCall, listening_to_attention
 from mi_pipe.attribution.nodes import Kind, Site
 from mi_pipe.core.errors import StageError
-from mi_pipe.models.model import Edit, Model, as_logits
+from mi_pipe.models.model import Edit, Model
+from mi_pipe.patching.readout import last_logits
 
 RunMetric = Callable[[Float[Tensor, "pair d_vocab"]], Float[Tensor, " pair"]]
 """The metric of every pair from the logits at the last position, float32 at least; differentiable."""
@@ -71,20 +72,8 @@ def run_nodes(
         stack.enter_context(model.edited({_EMBED: enter}))
         for edit in edits.by_hook:
             stack.enter_context(model.edited(edit))
-        run.metric = metric(last_logits(model, tokens))
+        run.metric = metric(last_logits(model, tokens, use_cache=False))
     return run
-
-
-def last_logits(model: Model, tokens: Int[Tensor, "pair pos"]) -> Float[Tensor, "pair d_vocab"]:
-    """Return the logits at the last position, float32 or wider."""
-    with model.edited({"unembed.hook_in": lambda value: value[:, -1:]}):
-        logits = as_logits(model.module(tokens, use_cache=False))[:, -1]
-    return wide(logits)
-
-
-def wide(value: Tensor) -> Tensor:
-    """Return the tensor in float32, or as it is if it is wider."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 class _Edits:
@@ -133,9 +122,9 @@ def check_watched_attention(model: Model, tokens: Int[Tensor, "pair pos"]) -> fl
 
     Raises StageError if it is beyond rounding: the model's attention does more than `attention_calls` knows of.
     """
-    own = last_logits(model, tokens)
+    own = last_logits(model, tokens, use_cache=False)
     with listening_to_attention(model, _nothing):
-        watched = last_logits(model, tokens)
+        watched = last_logits(model, tokens, use_cache=False)
     error = float((watched - own).abs().max() / own.abs().max().clamp_min(1e-9))
     if not error <= _TOLERANCES.get(model.dtype, _TOLERANCE):
         raise StageError(

@@ -29,7 +29,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mi_pipe.circuits.parts import Parts
-from mi_pipe.circuits.recording import Pairs, Recording, check_residual_sum, record, wide, written_difference
+from mi_pipe.circuits.recording import Pairs, Recording, check_residual_sum, record, written_difference
+from mi_pipe.patching.readout import wide
 
 Convention = Literal["left", "right", "midpoint"]
 _OFFSETS: dict[Convention, float] = {"left": 0.0, "right": 1.0, "midpoint": 0.5}

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from mi_pipe.circuits.parts import Parts, Projection
 from mi_pipe.circuits.prune import EdgeMask
-from mi_pipe.circuits.recording import Pairs, record, run_metric, wide, written_by_heads
+from mi_pipe.circuits.recording import Pairs, record, run_metric, written_by_heads
 from mi_pipe.models.model import Edit
 from mi_pipe.patching.metrics import recovered_fraction
+from mi_pipe.patching.readout import wide
 
 INTERVAL = (2.5, 97.5)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mi_pipe.circuits.parts import Block, Parts
 from mi_pipe.core.errors import StageError
-from mi_pipe.models.model import Edit, as_logits
+from mi_pipe.models.model import Edit
 from mi_pipe.patching.metrics import logit_diff
+from mi_pipe.patching.readout import last_logits, wide
 from mi_pipe.prompts.prompt_set import PairGroup
 
 _TOLERANCES = {torch.bfloat16: 0.1, torch.float16: 0.03}
@@ -111,14 +112,8 @@ def run_metric(
     edits: dict[str, Edit],
 ) -> Float[Tensor, " pair"]:
     """Run the model under `edits` and return the logit difference; only the last position is unembedded."""
-    with parts.model.edited({**edits, "unembed.hook_in": lambda value: value[:, -1:]}):
-        logits = as_logits(parts.model.module(tokens, use_cache=False))
-    return logit_diff(wide(logits[:, -1]), answer, wrong)
-
-
-def wide(value: Tensor) -> Tensor:
-    """Return the tensor in float32, or as it is if it is wider."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    with parts.model.edited(edits):
+        return logit_diff(last_logits(parts.model, tokens, use_cache=False), answer, wrong)
 
 
 def _block_edits(layer: int, block: Block, seen: Recording) -> dict[str, Edit]:

@@ -17,7 +17,7 @@ def last_logits(model: Model, tokens: Int[Tensor, "batch pos"], **options: Any) 
     Other positions are not unembedded. `options` go to the model's forward, such as a cache.
     """
     with model.edited({"unembed.hook_in": lambda normed: normed[:, -1:]}):
-        return _wide(as_logits(model.module(tokens, **options))[:, -1])
+        return wide(as_logits(model.module(tokens, **options))[:, -1])
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ def token_logits(
     normed = model.final_norm(hidden[:, -1:]).squeeze(1)
     weight, bias = unembedding.weight, getattr(unembedding, "bias", None)
     assert isinstance(weight, Tensor), "an unembedding has a weight matrix (d_vocab, d_model)"
-    logits = (_wide(normed)[:, None] * _wide(weight[tokens])).sum(-1)
-    logits = logits + _wide(bias[tokens]) if isinstance(bias, Tensor) else logits
+    logits = (wide(normed)[:, None] * wide(weight[tokens])).sum(-1)
+    logits = logits + wide(bias[tokens]) if isinstance(bias, Tensor) else logits
     return LogitMap.of(model.module)(logits)
 
 
 def all_logits(model: Model, hidden: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row d_vocab"]:
     """Return, in float32 at least, all logits of the last position."""
-    return LogitMap.of(model.module)(_wide(model.unembedding(model.final_norm(hidden[:, -1:])).squeeze(1)))
+    return LogitMap.of(model.module)(wide(model.unembedding(model.final_norm(hidden[:, -1:])).squeeze(1)))
 
 
 def read_logits(logits: Float[Tensor, "row d_vocab"], info: PairInfo, all_of_them: bool) -> Float[Tensor, "row n"]:
@@ -69,5 +69,6 @@ def read_logits(logits: Float[Tensor, "row d_vocab"], info: PairInfo, all_of_the
     return logits if all_of_them else logits.gather(-1, info.choices)
 
 
-def _wide(value: Tensor) -> Tensor:
+def wide(value: Tensor) -> Tensor:
+    """Return the tensor in float32, or as it is if it is wider."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
