@@ -26,6 +26,7 @@ VIEWS = {
     "probes": "mi_pipe.probes.probe_set:ProbeSet",
     "attribute": "mi_pipe.attribution.attributions:Attributions",
     "circuits": "mi_pipe.circuits.circuit_set:CircuitSet",
+    "steer": "mi_pipe.steering.steering:Steering",
     "report": "mi_pipe.report.site:Report",
 }
 

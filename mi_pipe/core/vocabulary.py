@@ -24,6 +24,10 @@ class Vocabulary(Protocol):
         """Return the text of one token, its leading space kept."""
         ...
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens together: a character may be spread over several of them."""
+        ...
+
 
 def texts(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[str]:
     """Return the text of each token."""

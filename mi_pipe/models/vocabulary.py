@@ -30,6 +30,10 @@ class TokenizerVocabulary:
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         return self.tokenizer(list(texts), **options)["input_ids"]
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens together, special tokens included and spaces as they are."""
+        return self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+
     def _text(self, token_id: int) -> str:
         piece = self.tokenizer.convert_ids_to_tokens(int(token_id))
         if isinstance(piece, str) and piece.startswith(_SENTENCEPIECE_SPACE):
@@ -60,3 +64,7 @@ class NumberVocabulary:
     def text(self, token_id: int) -> str:
         """Return the number with a leading space."""
         return f" {token_id}"
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the numbers, each with a leading space."""
+        return "".join(map(self.text, token_ids))

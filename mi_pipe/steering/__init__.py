@@ -1,0 +1,1 @@
+"""Steering: a direction is added to activations while the model runs; what it writes then, and what that costs."""
