@@ -211,4 +211,4 @@ def _causal_key(i: int) -> str:
     return f"causal/{i:06d}.parquet"
 
 
-STAGE = Stage(name="probes", version=1, config=ProbesConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="probes", version=2, config=ProbesConfig, inputs=Inputs, run=run, estimate=estimate)

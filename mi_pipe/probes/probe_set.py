@@ -109,6 +109,16 @@ class ProbeSet(Artifact):
         return self.read_table(CURVES_FILE)
 
     @property
+    def skipped(self) -> list[dict[str, str]]:
+        """Labels and positions without a probe, and why."""
+        return self.read_json(SKIPPED_FILE)
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric of causal checks, "" without them."""
+        return (self.manifest.config.get("causal") or {}).get("metric", "")
+
+    @property
     def has_causal(self) -> bool:
         """Say whether activations were moved."""
         return CAUSAL_FILE in self.manifest.files

@@ -5,7 +5,7 @@ classes the mean over classes against the rest, for those that occur. R² = 1 - 
 same rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -22,6 +22,18 @@ class Score:
     value: float
     low: float = np.nan
     high: float = np.nan
+    draws: Float[np.ndarray, " draw"] = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
+    """The figure under each draw of prompts, where it was drawn."""
+
+
+def drawn_score(value: float, draws: Float[np.ndarray, " draw"]) -> Score:
+    """Return a figure with its interval and draws."""
+    return Score(value, *interval(draws), draws)
+
+
+def difference(first: Score, second: Score) -> Score:
+    """Return first - second with its interval: both are of the same rows, so that their prompts are drawn alike."""
+    return drawn_score(first.value - second.value, first.draws - second.draws)
 
 
 NO_SCORE = Score(np.nan)
@@ -40,7 +52,7 @@ def accuracy(
     numbers = np.unique(cluster, return_inverse=True)[1]
     sums, counts = np.bincount(numbers, right), np.bincount(numbers).astype(float)
     weights = draw_weights(len(counts))
-    return Score(float(right.mean()), *interval((weights @ sums) / (weights @ counts)))
+    return drawn_score(float(right.mean()), (weights @ sums) / (weights @ counts))
 
 
 def r_squared(
@@ -53,7 +65,7 @@ def r_squared(
     columns = [np.ones_like(y), centred, centred**2, (y - predicted) ** 2]
     sums = np.stack([np.bincount(numbers, column) for column in columns], axis=1)
     drawn = draw_weights(len(sums)) @ sums
-    return Score(float(_r_squared(sums.sum(0)[None])[0]), *interval(_r_squared(drawn)))
+    return drawn_score(float(_r_squared(sums.sum(0)[None])[0]), _r_squared(drawn))
 
 
 def _r_squared(sums: Float[np.ndarray, "draw 4"]) -> Float[np.ndarray, " draw"]:
@@ -73,7 +85,7 @@ def auc(scores: Float[np.ndarray, "row output"], y: Int[np.ndarray, " row"], clu
     numbers = np.unique(cluster, return_inverse=True)[1]
     weights = draw_weights(int(numbers.max()) + 1)
     pieces = [weights[i : i + _DRAWS_AT_ONCE][:, numbers] for i in range(0, len(weights), _DRAWS_AT_ONCE)]
-    return Score(value, *interval(np.concatenate([_auc(scores[:, 0], y == 1, piece) for piece in pieces])))
+    return drawn_score(value, np.concatenate([_auc(scores[:, 0], y == 1, piece) for piece in pieces]))
 
 
 def _auc(

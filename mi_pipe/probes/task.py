@@ -12,9 +12,9 @@ from torch import Tensor
 from mi_pipe.probes.causal import reading_direction
 from mi_pipe.probes.config import ProbeKind, ProbeOptions
 from mi_pipe.probes.control import control_labels, n_types, seen_share
-from mi_pipe.probes.fitting import PART_NAMES, Readable, Rows, Targets, figures_of, fit_probe
+from mi_pipe.probes.fitting import PART_NAMES, Fitted, Readable, Rows, Targets, figures_of, fit_probe
 from mi_pipe.probes.labels import MISSING, Labels
-from mi_pipe.probes.scores import predicted_classes
+from mi_pipe.probes.scores import NO_SCORE, difference, predicted_classes
 from mi_pipe.probes.split import Parts
 
 _FEWEST_ROWS = 2
@@ -91,23 +91,16 @@ def run_task(task: ProbeTask, x: Rows, options: ProbeOptions) -> TaskResult:
     """Fit every kind to the real labels and to the control's, on raw activations `x` by part."""
     data = Readable.of(x)
     control = _control(task, options)
-    rows, curves, predictions = [], [], []
+    rows: list[dict[str, object]] = []
+    curves, predictions = [], []
     tensors: dict[ProbeKind, dict[str, Tensor]] = {}
     for kind in options.kinds:
         fitted = fit_probe(kind, data, task.y, len(task.classes), options)
-        figures = figures_of(fitted, task.y, len(task.classes), task.cluster)
-        found: dict[str, object] = {"kind": kind, "l2": fitted.l2, **_described(task)}
-        for part, score in (("training", figures.training), ("validation", figures.validation), ("test", figures.test)):
-            found[part] = score.value
-        found |= {"low": figures.test.low, "high": figures.test.high}
-        found |= {"auc": figures.auc.value, "auc_low": figures.auc.low, "auc_high": figures.auc.high}
-        control_score = np.nan
+        other = None if control is None else fit_probe(kind, data, control, len(task.classes), options)
+        found = {"kind": kind, "l2": fitted.l2, **_described(task), **_figures(task, fitted, control, other)}
         curves.append(pd.DataFrame(fitted.curve).assign(kind=kind, control=False))
-        if control is not None:
-            other = fit_probe(kind, data, control, len(task.classes), options)
-            control_score = figures_of(other, control, len(task.classes), task.cluster).test.value
+        if other is not None:
             curves.append(pd.DataFrame(other.curve).assign(kind=kind, control=True))
-        found |= {"control": control_score, "selectivity": figures.test.value - control_score}
         predictions.append(_predictions(kind, task, fitted.scores["test"]))
         tensors[kind] = fitted.tensors
         if kind == "linear":
@@ -115,6 +108,20 @@ def run_task(task: ProbeTask, x: Rows, options: ProbeOptions) -> TaskResult:
             found["deviation"] = _deviation(tensors[kind], x["training"])
         rows.append(found)
     return TaskResult(rows, pd.concat(curves, ignore_index=True), pd.concat(predictions, ignore_index=True), tensors)
+
+
+def _figures(task: ProbeTask, fitted: Fitted, control: Targets | None, other: Fitted | None) -> dict[str, float]:
+    """Return the figures of a probe by part, those of the control's on test rows, and selectivity, with intervals."""
+    n_classes = len(task.classes)
+    own = figures_of(fitted, task.y, n_classes, task.cluster)
+    found = {part: getattr(own, part).value for part in PART_NAMES} | {"low": own.test.low, "high": own.test.high}
+    of_control, selectivity = NO_SCORE, NO_SCORE
+    if control is not None and other is not None:
+        of_control = figures_of(other, control, n_classes, task.cluster).test
+        selectivity = difference(own.test, of_control)
+    for name, score in (("auc", own.auc), ("control", of_control), ("selectivity", selectivity)):
+        found |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
+    return found
 
 
 def _control(task: ProbeTask, options: ProbeOptions) -> Targets | None:

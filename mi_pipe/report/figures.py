@@ -24,6 +24,7 @@ from mi_pipe.report.style import SERIES, STYLE, finish, legend, themed
 
 _DASHES = ("-", "--", "-.", ":")
 _PNG_DPI = 160
+_BAND_ALPHA = 0.15
 _LONGEST = 48
 """Characters of a name in a legend or beside a bar."""
 
@@ -63,22 +64,27 @@ def lines(
 ) -> Figure:
     """Draw lines of one or more columns `y` over `x`, or one line a group with `by=column`.
 
-    Further options: `x_title`, `y_title`, `caption`, `log_x`, `log_y`, `from_zero`, `markers`; `keep`, further columns
-    of the data; `families`, line to the family whose colour it has where there are more lines than colours.
+    Further options: `x_title`, `y_title`, `caption`, `log_x`, `log_y`, `whole_x`, `from_zero`, `markers`; `band`, the
+    columns of each point's interval, with `by`; `keep`, further columns of the data; `families`, line to the family
+    whose colour it has where there are more lines than colours.
     """
     by = options.get("by")
     columns = [y] if isinstance(y, str) else list(y)
     series = _series(frame, x, columns, by)
     looks = _looks([label for label, _, _ in series], options.get("families") or {})
+    band = tuple(options.get("band", ()))
+    bands = list(zip(*(_series(frame, x, [side], by) for side in band), strict=True))
 
     def draw(axes: Axes) -> None:
+        for ((_, xs, lows), (_, _, highs)), look in zip(bands, looks, strict=False):
+            axes.fill_between(xs, lows, highs, color=look["color"], alpha=_BAND_ALPHA, linewidth=0)
         for (_, xs, ys), look in zip(series, looks, strict=True):
             axes.plot(xs, ys, **look, marker="o" if options.get("markers") else "", markersize=4, clip_on=False)
         finish(axes, options)
         if len(series) > 1:
             legend(axes, len(series))
 
-    data = frame.loc[:, [*([by] if by else []), *options.get("keep", ()), x, *columns]]
+    data = frame.loc[:, [*([by] if by else []), *options.get("keep", ()), x, *columns, *band]]
     return Figure(name, title, alt, data, draw, options.get("caption", ""))
 
 

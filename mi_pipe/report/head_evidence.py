@@ -131,14 +131,15 @@ def _add_composition(found: Evidence, artifact: HeadScores) -> None:
     scores = artifact.composition()
     stem, kinds = slug(artifact.id), []
     layers = [str(layer) for layer in range(scores.sizes["layer"])]
-    for kind in scores["kind"].to_numpy():
+    # In this order: a group lists its arrays in the order in which a disk does.
+    for kind in [kind for kind in _KINDS if kind in scores["kind"].to_numpy()]:
         of_kind = scores.sel(kind=kind)
         cells = of_kind.max(("head", "later_head")).to_numpy()
-        title = f"{_KINDS[str(kind)].capitalize()} composition of layers"
+        title = f"{_KINDS[kind].capitalize()} composition of layers"
         figure = heatmap(
             f"composition-{kind}-{stem}",
             title,
-            f"Heatmap of the largest {_KINDS[str(kind)]} composition between heads of an earlier and a later layer.",
+            f"Heatmap of the largest {_KINDS[kind]} composition between heads of an earlier and a later layer.",
             cells,
             layers,
             layers,

@@ -25,4 +25,7 @@ def sae_title(artifact: Artifact, sae: str, n_artifacts: int) -> str:
     return sae if n_artifacts == 1 else f"{short_name(artifact) or artifact.id} {sae}"
 
 
-_SECTIONS = ("model", "prompts", "harvest", "saes", "features", "heads", "patch", "attribution", "circuits", "report")
+_SECTIONS = (
+    *("model", "prompts", "harvest", "saes", "features", "lenses", "probes"),
+    *("heads", "patch", "attribution", "circuits", "report"),
+)

@@ -22,6 +22,8 @@ STAGE_PAGES = {
     "train_saes": "saes",
     "import_saes": "saes",
     "score_features": "features",
+    "lenses": "lenses",
+    "probes": "probes",
     "heads": "heads",
     "patch": "patching",
     "attribute": "attribution",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK = "#1f2430"
 MUTED = "#6b7285"
@@ -47,7 +47,7 @@ STYLE: Any = {
 
 
 def finish(axes: Axes, options: Mapping[str, Any]) -> None:
-    """Set titles, scales and ticks: `x_title`, `y_title`, `log_x`, `log_y`, `from_zero`."""
+    """Set titles, scales and ticks: `x_title`, `y_title`, `log_x`, `log_y`, `whole_x`, `from_zero`."""
     axes.set_xlabel(options.get("x_title", ""))
     axes.set_ylabel(options.get("y_title", ""))
     axes.tick_params(length=0)
@@ -55,6 +55,8 @@ def finish(axes: Axes, options: Mapping[str, Any]) -> None:
         log_scale(axes, "x")
     if options.get("log_y"):
         log_scale(axes, "y")
+    if options.get("whole_x"):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         if axis.get_scale() == "linear" and max(abs(low), abs(high)) >= _LARGE_TICK:
             axis.set_major_formatter(FuncFormatter(lambda value, _: _brief(value)))

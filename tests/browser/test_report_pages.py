@@ -3,7 +3,10 @@ import pytest
 from tests.report.samples import D_SAE, HOSTILE, SAE, TOKENS
 
 pytestmark = pytest.mark.browser
-PAGES = ["index", "model", "prompts", "activations", "saes", "features", "heads", "attention", "patching", "circuit"]
+PAGES = [
+    *("index", "model", "prompts", "activations", "saes", "features", "lenses", "probes", "heads", "attention"),
+    *("patching", "attribution", "circuit"),
+]
 INTERACTIVE = {"features": "is-ready", "attention": "is-ready"}
 
 

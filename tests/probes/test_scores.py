@@ -4,7 +4,7 @@ from sklearn.metrics import r2_score, roc_auc_score
 
 from mi_pipe.core.bootstrap import draw_weights
 from mi_pipe.probes.control import control_labels
-from mi_pipe.probes.scores import accuracy, auc, r_squared
+from mi_pipe.probes.scores import accuracy, auc, difference, r_squared
 
 
 def test_worked_examples():
@@ -58,3 +58,22 @@ def test_control_labels_are_one_a_type_with_the_real_ones_shares():
     np.testing.assert_array_equal(drawn, control_labels(types, rng.permutation(real), seed=0))
     assert (drawn != control_labels(types, real, seed=1)).any()
     assert control_labels(np.zeros(9), real, seed=0) is None
+
+
+def test_a_difference_is_drawn_with_the_same_prompts():
+    """Two figures that move together differ by the same whatever prompts are drawn."""
+    rng = np.random.default_rng(4)
+    y, cluster = np.ones(60, int), np.repeat(np.arange(30), 2)
+    right = np.tile([1.0, -1.0], 30)
+    right[: 2 * 12] = 1.0
+    half_of_each = accuracy(np.tile([1.0, -1.0], 30)[:, None], y, cluster)
+    first = accuracy(right[:, None], y, cluster)
+    found = difference(first, half_of_each)
+    shares = np.repeat([0.5, 0.0], [12, 18])
+    drawn = np.percentile(draw_weights(30) @ shares / 30, [2.5, 97.5])
+    assert found.value == pytest.approx(0.2)
+    assert (found.low, found.high) == pytest.approx(tuple(drawn))
+    numbers, guess = rng.normal(size=60), rng.normal(size=60)
+    same = r_squared(guess, numbers, cluster)
+    none = difference(same, same)
+    assert (none.value, none.low, none.high) == (0, 0, 0)

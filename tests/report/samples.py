@@ -19,9 +19,11 @@ from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.features.feature_set import FeatureSet
+from mi_pipe.lenses.lens_readings import LensReadings
 from mi_pipe.models.trained import TrainedModel
 from mi_pipe.opening import open_artifact
 from mi_pipe.patching.effects import PatchEffects
+from mi_pipe.probes.probe_set import ProbeSet
 from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.prompts.repeated import RepeatedConfig
 from mi_pipe.report.claims import Claim
@@ -30,6 +32,7 @@ from stages import generate_prompts, harvest, import_activations
 from stages.report import STAGE, Inputs, ReportConfig
 from tests.report.attribution_samples import write_attribution
 from tests.report.head_samples import write_evidence
+from tests.report.reading_samples import write_lenses, write_probes
 from tests.stages.toys import toy_model
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken out'\">"
@@ -48,6 +51,8 @@ def sample_artifacts(store: Store) -> list[Artifact]:
         PromptSet(task.path),
         Artifact(publish(store, "train_saes", _saes, model=model).path),
         FeatureSet(publish(store, "score_features", _features, model=model).path),
+        LensReadings(publish(store, "lenses", _lenses, {}, "lenses", **used).path),
+        ProbeSet(publish(store, "probes", _probes, {"causal": {"metric": "logit_diff"}}, "probes", model=model).path),
         HeadScores(publish(store, "heads", _heads, **used).path),
         PatchEffects(publish(store, "patch", _effects, {}, f"patch.{HOSTILE}", **used).path),
         Attributions(publish(store, "attribute", _attribution, {}, f"attribution.{HOSTILE}", **used).path),
@@ -247,6 +252,14 @@ def _example(feature: int, group: str, rank: int) -> dict:
     example = {"sae": SAE, "feature": feature, "group": group, "rank": rank, "activation": 2.0 - rank, "row": 0}
     window = {"token_ids": list(range(N_POS)), "tokens": TOKENS, "activations": activations}
     return example | {"prompt_idx": 5, "pos": 101 + rank, "first_pos": 100} | window
+
+
+def _lenses(work: Workspace) -> dict:
+    return write_lenses(work, TOKENS, N_PAIRS)
+
+
+def _probes(work: Workspace) -> dict:
+    return write_probes(work, HOSTILE, N_PAIRS)
 
 
 def _heads(work: Workspace) -> dict:

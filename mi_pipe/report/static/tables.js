@@ -20,7 +20,8 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
   });
 }
 
-/* data-either: several figures of one thing; buttons choose which is shown. Without a script all are. */
+/* data-either: several figures of one thing; buttons choose which is shown, named by data-choice or the unit of the
+   heatmap. Without a script all are shown. */
 for (const group of document.querySelectorAll("[data-either]")) {
   const figures = [...group.querySelectorAll(":scope > .figure")];
   const choose = (chosen) => figures.forEach((figure, i) => {
@@ -29,6 +30,6 @@ for (const group of document.querySelectorAll("[data-either]")) {
   });
   figures.forEach((figure) => figure.querySelector("h3").after(miPipe.el("div", { class: "choices", role: "group", "aria-label": "Shown as" },
     ...figures.map((other, i) => miPipe.el("button", { type: "button", onclick: () => { choose(i); figures[i].querySelectorAll(".choices button")[i].focus(); } },
-      other.querySelector(".scale").lastChild.textContent.trim())))));
+      (other.dataset.choice ?? other.querySelector(".scale").lastChild.textContent).trim())))));
   choose(0);
 }
