@@ -30,11 +30,13 @@ def resume_after_kill(module, config, inputs, store: Store, at: float) -> Result
 
 
 def _packed(inputs) -> dict:
-    """Return each input as [module, class, folder], a list of them for a list."""
+    """Return each input as [module, class, folder], a list of them for a list, None for none."""
 
     def pack(value):
         if isinstance(value, list):
             return [pack(item) for item in value]
+        if value is None:
+            return None
         return {"module": type(value).__module__, "name": type(value).__name__, "path": str(value.path)}
 
     return {field.name: pack(getattr(inputs, field.name)) for field in dataclasses.fields(inputs)}
@@ -43,6 +45,8 @@ def _packed(inputs) -> dict:
 def _unpacked(value):
     if isinstance(value, list):
         return [_unpacked(item) for item in value]
+    if value is None:
+        return None
     return getattr(importlib.import_module(value["module"]), value["name"])(Path(value["path"]))
 
 
