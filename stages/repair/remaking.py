@@ -25,7 +25,9 @@ from stages import (
     heads,
     import_activations,
     import_saes,
+    lenses,
     patch,
+    probes,
     report,
     score_features,
     train_model,
@@ -34,7 +36,7 @@ from stages import (
 
 _MODULES = (
     *(train_model, harvest, import_activations, train_saes, import_saes),
-    *(score_features, heads, patch, attribute, circuits, report),
+    *(score_features, heads, lenses, probes, patch, attribute, circuits, report),
 )
 _STAGES: dict[str, tuple[Stage[Any, Any], Any]] = {
     **{module.STAGE.name: (module.STAGE, module.STAGE.config) for module in _MODULES},

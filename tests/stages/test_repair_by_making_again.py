@@ -17,8 +17,10 @@ from mi_pipe.core.manifest import Manifest, read_manifest
 from mi_pipe.core.stage import Stage, execute
 from mi_pipe.core.store import Store
 from mi_pipe.verifying import verify
-from stages import circuits, import_activations, patch, report, score_features, train_model, train_saes
+from stages import circuits, import_activations, lenses, patch, probes, report, score_features, train_model, train_saes
+from stages.probe_plan import ProbesConfig
 from stages.repair.repair import repair
+from tests.lenses.toy import lens_config, lens_inputs
 from tests.stages.sae_toy import sae_inputs, toy_config
 from tests.stages.scored_toy import CONFIG as SCORING
 from tests.stages.scored_toy import scored_inputs
@@ -38,6 +40,18 @@ def made_patch(store: Store) -> tuple[Stage, object, object]:
     model = toy_model(store)
     config = patch.PatchConfig(max_pairs=4, device="cpu", batch_tokens=64)
     return patch.STAGE, config, patch.Inputs(model, toy_task(store, model))
+
+
+def made_lenses(store: Store) -> tuple[Stage, object, object]:
+    return lenses.STAGE, lens_config(max_prompts=2), lens_inputs(store)
+
+
+def made_probes(store: Store) -> tuple[Stage, object, object]:
+    read = lens_inputs(store)
+    labels = {"low": {"where": "token_id < 32"}, "place": {"column": "pos", "kind": "regression"}}
+    chosen = {"positions": ["all"], "fit": {"l2": [0.1]}, "causal": {"amounts": [2.0], "max_prompts": 2}}
+    config = ProbesConfig.model_validate({"labels": labels, **chosen, "device": "cpu"})
+    return probes.STAGE, config, probes.Inputs(read.activations, read.model, read.prompts)
 
 
 def made_circuit(store: Store) -> tuple[Stage, object, object]:
@@ -69,7 +83,10 @@ def made_report(store: Store) -> tuple[Stage, object, object]:
     return report.STAGE, config, report.Inputs([inputs.task, shown])
 
 
-MAKERS = [made_training, made_features, made_patch, made_circuit, made_model, made_import, made_report]
+MAKERS = [
+    *(made_training, made_features, made_lenses, made_probes, made_patch),
+    *(made_circuit, made_model, made_import, made_report),
+]
 
 
 @pytest.fixture(params=MAKERS, ids=lambda make: make.__name__.removeprefix("made_"))
