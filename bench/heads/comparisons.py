@@ -8,7 +8,9 @@
 | subject inhibition | attention from the end to S2 | fall through the queries of name movers (path patching) |
 | name mover | direct logit attribution | fall through the logits alone (path patching) |
 
-Everything on the left is read from one plain run; everything on the right needs runs with changed activations.
+Everything on the left is read from plain runs; everything on the right needs runs with changed activations. Path
+patching is of 36 heads: the 12 that the class's description ranks first, the 12 whose exchange at the same place
+changes the logit difference most, and 12 others at random.
 """
 
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from bench.heads.agreement import Comparison, Measure
+from bench.heads.agreement import Comparison, Measure, top
 from bench.heads.runs import Runs, matched
 from mi_pipe.attention.head_scores import HeadScores
 from mi_pipe.attribution.attributions import Attributions
@@ -26,6 +28,7 @@ from mi_pipe.models.source import load_source
 from mi_pipe.patching.effects import PatchEffects
 
 _IOI = "ioi"
+_N_CHOSEN = 12
 
 
 def compared(runs: Runs) -> Iterator[Comparison]:
@@ -41,7 +44,8 @@ def compared(runs: Runs) -> Iterator[Comparison]:
 
 def _name_movers(runs: Runs, scores: HeadScores, at_end: Measure) -> Comparison:
     written = Measure.of_pairs("direct logit attribution", scores.attribution(_IOI)["heads"].to_numpy())
-    direct = _fall_through(runs.paths(["logits"], runs.info.n_layers), "the logits alone", runs.info)
+    heads = chosen(written, at_end, runs.info.n_layers)
+    direct = _fall_through(runs.paths(["logits"], heads), "the logits alone", runs.info)
     beside = [at_end, _attention(scores, "end", "io"), _score(scores, "name_copying")]
     return Comparison("Name movers", written, direct, beside)
 
@@ -49,9 +53,11 @@ def _name_movers(runs: Runs, scores: HeadScores, at_end: Measure) -> Comparison:
 def _subject_inhibition(runs: Runs, scores: HeadScores, at_end: Measure) -> Comparison:
     movers = members(scores, "name_mover")
     receivers = [f"a{layer}.h{head}.q" for layer, head in movers]
-    steered = _fall_through(runs.paths(receivers, max(layer for layer, _ in movers)), "name movers' queries", runs.info)
+    attention = _attention(scores, "end", "s2")
+    heads = chosen(attention, at_end, max(layer for layer, _ in movers))
+    steered = _fall_through(runs.paths(receivers, heads), "name movers' queries", runs.info)
     beside = [at_end, _composed(scores, "q", movers)]
-    return Comparison("Subject inhibition", _attention(scores, "end", "s2"), steered, beside)
+    return Comparison("Subject inhibition", attention, steered, beside)
 
 
 def _duplicates(runs: Runs, scores: HeadScores) -> Comparison:
@@ -59,29 +65,37 @@ def _duplicates(runs: Runs, scores: HeadScores) -> Comparison:
     share = runs.info.n_heads // runs.info.n_kv_heads
     kind = "kv" if share > 1 else "h"
     receivers = list(dict.fromkeys(f"a{layer}.{kind}{head // share}.v" for layer, head in inhibitors))
-    last = max(layer for layer, _ in inhibitors)
-    beside = [
-        _score(scores, "duplicate_token"),
-        _fall_through(runs.paths(receivers, last), "inhibition heads' values", runs.info),
-        _attention(scores, "s2", "s1_next"),
-    ]
-    return Comparison("Duplicate tokens", _attention(scores, "s2", "s1"), _fall_at(runs.at_place("s2"), "s2"), beside)
+    attention, at_s2 = _attention(scores, "s2", "s1"), _fall_at(runs.at_place("s2"), "s2")
+    heads = chosen(attention, at_s2, max(layer for layer, _ in inhibitors))
+    through = _fall_through(runs.paths(receivers, heads), "inhibition heads' values", runs.info)
+    beside = [_score(scores, "duplicate_token"), through, _attention(scores, "s2", "s1_next")]
+    return Comparison("Duplicate tokens", attention, at_s2, beside)
 
 
 def _induction(runs: Runs, scores: HeadScores) -> Comparison:
-    found = runs.copies()
-    caused = Measure.of_pairs("fall, mean-ablated", _fall(found, found.effects("head_out")).to_numpy())
+    caused = _fall_at(runs.copies(), "end", "mean-ablated")
     beside = [_score(scores, "prefix_matching"), _score(scores, "sequence_copying")]
     return Comparison("Induction", _score(scores, "induction"), caused, beside)
 
 
 def _previous(runs: Runs, scores: HeadScores) -> Comparison:
     inducers = members(scores, "induction")
-    senders = [(layer, head) for layer in range(max(a for a, _ in inducers)) for head in range(runs.info.n_heads)]
+    # Layers below all of them, so that every sender is measured by the same receivers.
+    senders = [(layer, head) for layer in range(min(a for a, _ in inducers)) for head in range(runs.info.n_heads)]
     falls = matched(load_source(runs.model, runs.device), senders, inducers, runs.sizes.seed)
     caused = Measure("fall of the induction diagonal", _grid(runs.info, falls))
     beside = [_composed(scores, "k", inducers)]
     return Comparison("Previous token", _score(scores, "previous_token"), caused, beside)
+
+
+def chosen(described: Measure, exchanged: Measure, n_layers: int) -> list[Head]:
+    """Return 36 heads of the layers below `n_layers`: the 12 first of each in absolute value, and 12 others."""
+    n_heads = described.values.shape[1]
+    measures = [np.abs(measure.values[:n_layers]) for measure in (described, exchanged)]
+    first = dict.fromkeys(head for values in measures for head in top(values, _N_CHOSEN))
+    others = [head for head in range(n_layers * n_heads) if head not in first]
+    drawn = np.random.default_rng(0).choice(others, min(3 * _N_CHOSEN - len(first), len(others)), replace=False)
+    return [(int(head) // n_heads, int(head) % n_heads) for head in sorted([*first, *drawn])]
 
 
 def members(scores: HeadScores, name: str) -> list[Head]:
@@ -106,14 +120,10 @@ def _composed(scores: HeadScores, kind: str, later: list[Head]) -> Measure:
     return Measure(f"{kind.upper()}-composition above random", cells.mean("receiver").to_numpy())
 
 
-def _fall_at(found: PatchEffects, place: str) -> Measure:
+def _fall_at(found: PatchEffects, place: str, how: str = "exchanged") -> Measure:
     at_place = found.at_places("head_out_by_pos", [place]).sel(place=place)
-    return Measure.of_pairs(f"fall, exchanged at {place}", _fall(found, at_place).to_numpy())
-
-
-def _fall(found: PatchEffects, patched: xr.DataArray) -> xr.DataArray:
-    clean = found.to_xarray()["clean"]
-    return (clean - patched).transpose("pair", "layer", "head")
+    falls = (found.to_xarray()["clean"] - at_place).transpose("pair", "layer", "head")
+    return Measure.of_pairs(f"fall, {how} at {place}", falls.to_numpy())
 
 
 def _fall_through(found: Attributions, receivers: str, info: ModelInfo) -> Measure:

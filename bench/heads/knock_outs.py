@@ -20,7 +20,7 @@ from mi_pipe.patching.chunks import choose_pairs
 from mi_pipe.patching.places import places_mask
 from mi_pipe.prompts.prompt_set import PairGroup
 
-_DRAWS = 6
+_DRAWS = 3
 _PLACES = {
     "name_mover": "end",
     "negative_name_mover": "end",

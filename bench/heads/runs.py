@@ -1,9 +1,9 @@
 """What the comparison runs: the stage `heads` on one side, exact interventions by other stages on the other.
 
-- `ends`, `seconds`: stage `patch`, every head's z at `end` or at S2 exchanged for its value on the corrupted prompt;
-- `copies`: stage `patch`, every head's z at all positions replaced by its mean by position, on repeated random tokens;
-- `paths`: stage `attribute`, path patching from every head into the queries of name movers, and into the values of
-  the heads that they are steered by;
+- `at_place`: stage `patch`, every head's z at `end` or at S2 exchanged for its value on the corrupted prompt;
+- `copies`: stage `patch`, every head's z at `end` replaced by its mean by position, on repeated random tokens;
+- `paths`: stage `attribute`, path patching from chosen heads into the logits alone, into the queries of name movers,
+  and into the values of the heads that these are steered by (two whole forward passes a head and pair, so not all);
 - `matched`: how far the induction heads' own diagonal falls when an earlier head's z is replaced by its mean.
 """
 
@@ -31,7 +31,6 @@ from mi_pipe.models.source import ModelSource, source_hooks
 from mi_pipe.patching.effects import PatchEffects
 from mi_pipe.patching.engine import SHORTCUTS
 from mi_pipe.patching.interventions import Intervention
-from mi_pipe.patching.units import Unit
 from mi_pipe.prompts.ioi import IOIConfig
 from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.prompts.repeated import InductionConfig
@@ -70,15 +69,15 @@ class Runs:
 
     def at_place(self, place: str) -> PatchEffects:
         """Return the sweep over all heads at one place of the prompts."""
-        return self._patched(self.ioi, "head_out_by_pos", "patch", [place])
+        return self._patched(self.ioi, "patch", place)
 
     def copies(self) -> PatchEffects:
         """Return the sweep over all heads on repeated random tokens."""
-        return self._patched(self.repeated, "head_out", "mean_by_position", None)
+        return self._patched(self.repeated, "mean_by_position", "end")
 
-    def paths(self, receivers: Sequence[str], last_layer: int) -> Attributions:
-        """Return path patching from every head before the receivers; MLPs are computed anew."""
-        senders = tuple(f"a{layer}.h{head}" for layer in range(last_layer) for head in range(self.info.n_heads))
+    def paths(self, receivers: Sequence[str], heads: Sequence[Head]) -> Attributions:
+        """Return path patching from these heads; MLPs are computed anew."""
+        senders = tuple(f"a{layer}.h{head}" for layer, head in heads)
         config = AttributionConfig(
             kinds=["z"],
             direction="noising",
@@ -89,14 +88,12 @@ class Runs:
         )
         return Attributions(self._made(attribute.STAGE, config, attribute.Inputs(self.model, self.ioi)))
 
-    def _patched(
-        self, task: PromptSet, unit: Unit, intervention: Intervention, positions: list[str] | None
-    ) -> PatchEffects:
+    def _patched(self, task: PromptSet, intervention: Intervention, place: str) -> PatchEffects:
         config = patch.PatchConfig(
-            units=[unit],
+            units=["head_out_by_pos"],
             direction="noising",
             intervention=intervention,
-            positions=positions,
+            positions=[place],
             max_pairs=self.sizes.n_pairs,
             device=self.device,
             shortcuts=list(SHORTCUTS),
@@ -112,7 +109,7 @@ class Runs:
 
 @torch.no_grad()
 def matched(
-    model: Model, senders: Sequence[Head], receivers: Sequence[Head], seed: int, period: int = 25
+    model: Model, senders: Sequence[Head], receivers: Sequence[Head], seed: int, period: int = 15
 ) -> dict[Head, float]:
     """Return by how much receivers' induction diagonal falls without each sender: mean over receivers in later layers.
 

@@ -1,5 +1,6 @@
 """What heads do beyond scores: classes with evidence, logit attribution, attention between places, composition."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from mi_pipe.report.heatmaps import heatmap
 from mi_pipe.report.html import slug
 
 _N_PAIRS = 12
+_DECIMALS = 3
 _N_COMPONENTS = 20
 _SHOWN_PLACES = (("end", "io"), ("end", "s2"), ("s2", "s1"))
 _KINDS = {"q": "query", "k": "key", "v": "value"}
@@ -30,11 +32,10 @@ class Evidence:
 def evidence(artifact: HeadScores) -> Evidence:
     """Return what there is; artifacts of the stage's first version have none of it."""
     found = Evidence()
-    found.context = {"classes": None, "criteria": {}, "tasks": [], "composition": None, "refused": {}}
+    found.context = {"classes": None, "tasks": [], "composition": None, "refused": {}}
     if CLASSES_FILE in artifact.manifest.files:
         found.context |= {
-            "classes": classes_shown(artifact.classes()),
-            "criteria": {name: _spelled(rules) for name, rules in artifact.criteria.items()},
+            "classes": classes_shown(artifact.classes(), artifact.criteria),
             "refused": artifact.refused,
         }
         found.tables[f"classes-{slug(artifact.id)}"] = artifact.classes()
@@ -45,13 +46,25 @@ def evidence(artifact: HeadScores) -> Evidence:
     return found
 
 
-def classes_shown(classes: pd.DataFrame) -> pd.DataFrame:
-    """Return the heads that are of some class or a candidate, members first, named "18.6"."""
-    table = classes[(classes["classes"] != "") | (classes["candidate_for"] != "")]
-    table = table.assign(is_candidate=table["classes"] == "")
-    table = table.sort_values(["is_candidate", "classes", "candidate_for", "layer", "head"])
-    table.insert(0, "name", [f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
-    return table.drop(columns=["layer", "is_candidate"]).drop(columns="head").rename(columns={"name": "head"})
+def classes_shown(classes: pd.DataFrame, criteria: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return each class that a head is of or nearly so: its `name`, its `rules` in words, and a table of the heads.
+
+    The table has `head` ("18.6"), `is it` ("yes", or "nearly" for a candidate) and the evidence that the class asks
+    for, members first, each by the first piece of evidence.
+    """
+    found = []
+    for name, rules in criteria.items():
+        is_member, is_near = (_lists(classes, column, name) for column in ("classes", "candidate_for"))
+        evidence_of = [str(rule["evidence"]) for rule in rules]
+        table = classes.loc[is_member | is_near, ["layer", "head", *evidence_of]].round(_DECIMALS)
+        table.insert(0, "is it", np.where(is_member[is_member | is_near], "yes", "nearly"))
+        descends = rules[0]["threshold"] >= 0
+        table = table.sort_values(["is it", evidence_of[0]], ascending=[False, not descends], kind="stable")
+        table.insert(0, "name", [f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
+        shown = table.drop(columns=["layer", "head"]).rename(columns={"name": "head"})
+        if len(shown):
+            found.append({"name": name.replace("_", " "), "rules": _spelled(rules), "heads": shown})
+    return found
 
 
 def strongest_pairs(scores: xr.DataArray, n: int = _N_PAIRS) -> pd.DataFrame:
@@ -77,6 +90,10 @@ def components(attribution: xr.Dataset) -> pd.DataFrame:
         rows += [(f"MLP {layer}", float(means["mlps"][layer])), (f"{layer} bias", float(means["attn_bias"][layer]))]
     table = pd.DataFrame(rows, columns=["component", "contribution"])
     return table.sort_values("contribution", key=abs, ascending=False, kind="stable").reset_index(drop=True)
+
+
+def _lists(classes: pd.DataFrame, column: str, name: str) -> np.ndarray:
+    return np.array([name in str(names).split(", ") for names in classes[column].to_numpy()], dtype=bool)
 
 
 def _spelled(rules: list[dict[str, Any]]) -> str:

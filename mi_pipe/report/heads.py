@@ -1,6 +1,6 @@
 """The page of heads: classes with evidence, a heatmap of every score, attribution, attention and composition."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,12 @@ from mi_pipe.report.page import Page
 
 _N_TOP = 10
 _KEYS = ("layer", "head")
+_LOSSES = {
+    "first_half": "loss, random tokens",
+    "second_half": "loss, the same again",
+    "n_sequences": "sequences",
+    "period": "tokens before they repeat",
+}
 
 
 def page(artifacts: Sequence[HeadScores]) -> Page:
@@ -52,7 +58,7 @@ def _section(
         "name": name_of(artifact) if is_one_of_many else "",
         "slug": stem,
         "id": artifact.id,
-        "loss": artifact.read_json("loss.json") if "loss.json" in artifact.manifest.files else {},
+        "loss": _loss_shown(artifact.read_json("loss.json")) if "loss.json" in artifact.manifest.files else {},
         "scores": [
             {"title": _title(score), "figure": figure.name, "top": strongest(table, score)}
             for score, figure in zip(score_names(table), figures, strict=True)
@@ -62,10 +68,16 @@ def _section(
     return {**context, **more.context}, [*figures, *more.figures], {f"scores-{stem}": table, **more.tables}
 
 
+def _loss_shown(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the losses on repeated random tokens by what they are of."""
+    return {shown: loss[name] for name, shown in _LOSSES.items() if name in loss}
+
+
 def _heatmap(table: pd.DataFrame, score: str, stem: str) -> Figure:
     grid = table.pivot_table(index="layer", columns="head", values=score, dropna=False, sort=True)
     values = grid.to_numpy(float)
-    is_signed = bool((values[np.isfinite(values)] < 0).any())
+    finite = values[np.isfinite(values)]
+    lowest = float(finite.min(initial=0.0))
     best = strongest(table, score, 1)
     leader = f"; the largest is {best[0]['value']:.3f} at head {best[0]['name']}" if best else ""
     return heatmap(
@@ -78,8 +90,8 @@ def _heatmap(table: pd.DataFrame, score: str, stem: str) -> Figure:
         row_title="layer",
         column_title="head",
         value_title="score",
-        diverging=is_signed,
-        low=0.0,
+        diverging=lowest < 0 < float(finite.max(initial=0.0)),
+        low=0.0 if lowest >= 0 else -1.0,
     )
 
 

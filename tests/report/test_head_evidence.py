@@ -16,12 +16,25 @@ def artifact(artifacts):
     return of(artifacts, "heads")[0]
 
 
-def test_only_heads_of_some_class_are_shown_members_first(artifact):
-    shown = classes_shown(artifact.classes())
-    assert shown[["head", "classes", "candidate_for"]].to_numpy().tolist() == [
-        ["1.0", "name_mover", ""],
-        ["0.1", "", "induction"],
-    ]
+def test_classes_show_their_heads_with_the_evidence_they_ask_for(artifact):
+    shown = {found["name"]: found for found in classes_shown(artifact.classes(), artifact.criteria)}
+    assert list(shown) == ["induction", "name mover"], "classes without heads are left out"
+    movers = shown["name mover"]["heads"]
+    assert list(movers.columns) == ["head", "is it", "end_to_io", "logit_share", "name_copying"]
+    assert movers.iloc[0, :4].tolist() == ["1.0", "yes", pytest.approx(0.6), pytest.approx(0.3)]
+    assert shown["induction"]["heads"][["head", "is it"]].to_numpy().tolist() == [["0.1", "nearly"]]
+    assert "end to io ≥ 0.3" in shown["name mover"]["rules"]
+
+
+def test_members_stand_before_candidates_and_negative_evidence_begins_with_the_lowest():
+    rules = {"against": [{"evidence": "written", "threshold": -0.1}, {"evidence": "copied", "threshold": 0.5}]}
+    table = pd.DataFrame({"layer": 0, "head": [0, 1, 2, 3], "written": [-0.2, -0.9, -0.4, 0.3], "copied": 0.7})
+    table["classes"] = ["against", "", "against, other", ""]
+    table["candidate_for"] = ["", "against", "", ""]
+    (found,) = classes_shown(table, rules)
+    assert found["rules"] == "written ≤ -0.1, copied ≥ 0.5"
+    assert found["heads"]["head"].tolist() == ["0.2", "0.0", "0.1"]
+    assert found["heads"]["is it"].tolist() == ["yes", "yes", "nearly"]
 
 
 def test_components_are_means_in_order_of_size_and_sum_to_the_logit_difference(artifact):
@@ -52,8 +65,6 @@ def test_the_page_has_a_figure_for_all_that_it_names(artifact):
         assert len(task["places"]) == 3
     assert {kind["figure"] for kind in section["composition"]["kinds"]} <= set(names)
     assert section["refused"] == {"attribution of facts": "<b>no</b>"}
-    assert "end to io ≥ 0.3" in section["criteria"]["name_mover"]
-    assert "logit share ≤ -0.02" in section["criteria"]["negative_name_mover"]
     assert set(page.tables) == {f"{table}-{section['slug']}" for table in ("scores", "classes", "attribution-ioi")}
 
 
