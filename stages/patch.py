@@ -7,143 +7,55 @@ last is there, and are then put together into one Zarr group.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from mi_pipe.core import atomic
-from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
-from mi_pipe.models.device import pick_device
-from mi_pipe.models.info import ModelInfo
 from mi_pipe.models.model import Model
-from mi_pipe.models.source import ModelSource, load_source, source_hooks
+from mi_pipe.models.source import load_source
 from mi_pipe.patching.assembly import gather_values, main_figures, pair_table, token_arrays
-from mi_pipe.patching.chunks import Chunk, check_fits, choose_pairs, chunks_of
+from mi_pipe.patching.choice import chosen_features, chosen_neurons
+from mi_pipe.patching.chunks import Chunk
 from mi_pipe.patching.effects import EFFECTS_FOLDER, PAIRS_FILE, effects_dataset
-from mi_pipe.patching.engine import SHORTCUTS, PatchEngine, Shortcut, make_engine
-from mi_pipe.patching.interventions import Ablation, Intervention
-from mi_pipe.patching.metrics import Direction, find_metric, metric_source
-from mi_pipe.patching.neurons import check_neurons, chosen_neurons
+from mi_pipe.patching.engine import SHORTCUTS, PatchEngine, make_engine
+from mi_pipe.patching.interventions import Ablation
+from mi_pipe.patching.metrics import find_metric
 from mi_pipe.patching.places import places_mask
 from mi_pipe.patching.runs import PairRuns, run_pairs
+from mi_pipe.patching.sae_parts import SAEParts
 from mi_pipe.patching.sweep import batch_tokens, sweep_layer
-from mi_pipe.patching.units import DEFAULT_UNITS, Unit, axes_of, hook_of, layers_of, n_parts, present_units
-from mi_pipe.prompts.prompt_set import PairGroup, PromptSet
+from mi_pipe.patching.units import Unit, hook_of, is_of_sae, layers_of, part_of
+from stages.patch_plan import Inputs, PatchConfig, Plan, make_plan
+
+__all__ = ["STAGE", "Inputs", "PatchConfig"]
 
 _FLOAT_BYTES = 4
 _TABLE_BYTES = 200_000
 _BASE = "base"
-_NEURONS = "neurons"
+_NEURONS, _FEATURES = "neurons", "features"
+NO_FEATURE = -1
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """A model and the task whose pairs are patched."""
+class _Job:
+    """One run: what is asked, and what of the model's and the SAEs' is the same for all pairs."""
 
-    model: ModelSource
-    task: PromptSet
-
-
-class PatchConfig(Config):
-    """Which activations are patched, which way, what is read, and on how many pairs."""
-
-    units: Annotated[list[Unit], Field(min_length=1, default_factory=lambda: list(DEFAULT_UNITS))]
-    """What is patched: embed, resid_pre, resid_mid, resid_post, attn_out, mlp_out by position; head_out, q, k, v,
-    pattern by head; head_out_by_pos and so on by head and position; neuron."""
-    direction: Direction = "denoising"
-    """denoising puts clean values into the corrupted run, noising corrupted values into the clean run."""
-    intervention: Intervention = "patch"
-    """patch: the other run's value; zero, mean, mean_by_position (and template), resample (another pair)."""
-    metric: str = "logit_diff"
-    """logit_diff, probability, prob_diff, loss, kl, or module:callable for a function (logits, pairs) of your own."""
-    positions: list[str] | None = None
-    """Named positions of the task (IOI: io, s1, s1+1, s2, end) that units by position are patched at; null for all."""
-    neurons: PositiveInt | Annotated[list[NonNegativeInt], Field(min_length=1)] = 32
-    """For the unit neuron: how many of each layer (those that differ most between the runs), or a list of them."""
-    seed: NonNegativeInt = 0
-    """Seed of resample."""
-    max_pairs: PositiveInt | None = 32
-    """Pairs that are patched, the first of the task; null for all."""
-    tasks: Annotated[list[str] | None, Execution()] = None
-    """Names of the recipe's tasks that are patched; null for all."""
-    device: Annotated[str, Execution()] = "auto"
-    """auto, cuda, cuda:1, mps or cpu."""
-    batch_tokens: Annotated[PositiveInt | None, Execution()] = None
-    """Tokens (rows times positions) of one forward pass; null for what fits into batch_mb."""
-    batch_mb: Annotated[PositiveInt, Execution()] = 256
-    """Memory of one forward pass, about, in MiB."""
-    shortcuts: Annotated[list[Shortcut], Execution(), Field(default_factory=lambda: list(SHORTCUTS))]
-    """What the engine may leave out, each exact: restart, kept_parts, prefix, last_position, answer_logits."""
-
-    @field_validator("metric")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        find_metric(name)
-        return name
-
-    @model_validator(mode="after")
-    def _has_patterns(self) -> Self:
-        if any(unit.startswith("pattern") for unit in self.units) and self.intervention not in ("patch", "resample"):
-            raise ValueError(
-                f"intervention {self.intervention} has no meaning for the unit pattern; use patch or resample"
-            )
-        return self
-
-    def identity(self) -> dict[str, Any]:
-        """Return the fields that decide the result, and the source of a metric of the user's own."""
-        return {**super().identity(), "metric_source": metric_source(self.metric)}
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What will be done, known before any weight is read."""
-
-    info: ModelInfo
-    units: list[Unit]
-    groups: list[PairGroup]
-    chunks: list[Chunk]
-    n_neurons: int
-
-    @property
-    def n_pairs(self) -> int:
-        return sum(group.n_pairs for group in self.groups)
-
-    @property
-    def n_pos(self) -> int:
-        return max(group.n_pos for group in self.groups)
-
-    @property
-    def n_work(self) -> int:
-        return len(self.chunks) * (1 + sum(len(layers_of(unit, self.info)) for unit in self.units))
-
-    def sizes(self, unit: Unit) -> tuple[int, ...]:
-        """Return the sizes of a unit's axes."""
-        parts = n_parts(unit, self.info, self.n_neurons)
-        return tuple(self.n_pos if axis == "pos" else parts for axis in axes_of(unit))
-
-
-def _plan(config: PatchConfig, inputs: Inputs) -> _Plan:
-    pick_device(config.device)
-    hooks, info = source_hooks(inputs.model)
-    groups = choose_pairs(inputs.task.pair_groups(), config.max_pairs)
-    check_fits(groups, info, inputs.task.id)
-    units = present_units(config.units, hooks, info.n_layers)
-    if "neuron" in units:
-        check_neurons(config.neurons, info.d_mlp)
-    for group in groups if config.positions else ():
-        places_mask(group, config.positions or ())
-    n_neurons = config.neurons if isinstance(config.neurons, int) else len(config.neurons)
-    return _Plan(info, units, groups, chunks_of(groups), n_neurons)
+    config: PatchConfig
+    plan: Plan
+    work: Workspace
+    model: Model
+    saes: SAEParts | None
+    ablation: Ablation | None
+    neurons: list[list[int]]
 
 
 def estimate(config: PatchConfig, inputs: Inputs) -> Estimate:
     """Return the size of the effect arrays and the number of units of work."""
-    plan = _plan(config, inputs)
+    plan = make_plan(config, inputs)
     cells = sum(plan.n_pairs * len(layers_of(unit, plan.info)) * math.prod(plan.sizes(unit)) for unit in plan.units)
     missing = [unit for unit in config.units if unit not in plan.units]
     notes = (f"the model has no {', '.join(missing)}",) if missing else ()
@@ -153,42 +65,55 @@ def estimate(config: PatchConfig, inputs: Inputs) -> Estimate:
 
 def run(config: PatchConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
     """Sweep what the ledger does not have yet, then assemble and write the effects."""
-    plan = _plan(config, inputs)
+    plan = make_plan(config, inputs)
     work.ledger.expect(plan.n_work)
     if work.ledger.n_done < plan.n_work:
-        model = load_source(inputs.model, config.device)
-        if "neuron" in plan.units and not _file(work, _NEURONS).exists():
-            _save(work, _NEURONS, chosen_neurons(model, plan.groups, config.neurons).numpy())
-        ablation = None
-        if config.intervention != "patch":
-            ablation = Ablation(config.intervention, config.direction, plan.groups, config.seed)
+        job = _job(config, plan, inputs, work)
         for chunk in plan.chunks:
-            _sweep_chunk(config, plan, model, chunk, ablation, work)
+            _sweep_chunk(job, chunk)
     return _assemble(config, plan, inputs, work)
 
 
-def _sweep_chunk(
-    config: PatchConfig, plan: _Plan, model: Model, chunk: Chunk, ablation: Ablation | None, work: Workspace
-) -> None:
+def _job(config: PatchConfig, plan: Plan, inputs: Inputs, work: Workspace) -> _Job:
+    """Load model and SAEs, and choose neurons and features unless that was done."""
+    model = load_source(inputs.model, config.device)
+    if "neuron" in plan.units and not _file(work, _NEURONS).exists():
+        _save(work, _NEURONS, chosen_neurons(model, plan.groups, config.neurons).numpy())
+    saes = _sae_parts(config, plan, inputs, work, model) if plan.saes else None
+    ablation = None
+    if config.intervention != "patch":
+        ablation = Ablation(config.intervention, config.direction, plan.groups, config.seed, saes)
+    neurons = _load(work, _NEURONS).tolist() if "neuron" in plan.units else []
+    return _Job(config, plan, work, model, saes, ablation, neurons)
+
+
+def _sae_parts(config: PatchConfig, plan: Plan, inputs: Inputs, work: Workspace, model: Model) -> SAEParts:
+    assert inputs.saes is not None, "the plan has some of them"
+    saes = {layer: inputs.saes[place.name].to(model.device) for layer, place in plan.saes.items()}
+    if not _file(work, _FEATURES).exists():
+        _save(work, _FEATURES, chosen_features(model, plan.groups, list(saes.values()), config.features).numpy())
+    features = torch.from_numpy(_load(work, _FEATURES)).to(model.device)
+    return SAEParts(saes, dict(zip(saes, features, strict=True)))
+
+
+def _sweep_chunk(job: _Job, chunk: Chunk) -> None:
+    plan, work = job.plan, job.work
     todo: list[tuple[Unit, int]] = [
-        (unit, layer)
-        for unit in plan.units
-        for layer in layers_of(unit, plan.info)
-        if _key(chunk, unit, layer) not in work.ledger
+        (unit, layer) for unit, layer in plan.sweeps() if _key(chunk, unit, layer) not in work.ledger
     ]
     if not todo:
         return
-    metric, hooks = find_metric(config.metric), dict.fromkeys(hook_of(unit, layer) for unit, layer in todo)
-    runs = run_pairs(model, chunk.group, config.direction, list(hooks), metric, ablation)
-    engine, error = make_engine(model, runs, config.shortcuts)
-    _store_base(config, runs, engine, error, chunk, work)
-    tokens = config.batch_tokens or batch_tokens(plan.info, config.batch_mb << 20, metric.needs_all_logits)
+    metric = find_metric(job.config.metric)
+    hooks = dict.fromkeys(_hook(plan, unit, layer) for unit, layer in todo)
+    runs = run_pairs(job.model, chunk.group, job.config.direction, list(hooks), metric, job.ablation, job.saes)
+    engine, error = make_engine(job.model, runs, job.config.shortcuts)
+    _store_base(job, runs, engine, error, chunk)
+    tokens = job.config.batch_tokens or batch_tokens(plan.info, job.config.batch_mb << 20, metric.needs_all_logits)
     only = None
-    if config.positions is not None:
-        only = torch.from_numpy(places_mask(chunk.group, config.positions)).to(model.device)
-    neurons = _load(work, _NEURONS).tolist() if "neuron" in plan.units else []
+    if job.config.positions is not None:
+        only = torch.from_numpy(places_mask(chunk.group, job.config.positions)).to(job.model.device)
     for unit, layer in todo:
-        values = sweep_layer(engine, unit, layer, tokens, only, neurons[layer] if neurons else ())
+        values = sweep_layer(engine, unit, layer, tokens, only, job.neurons[layer] if job.neurons else ())
         _save(work, _key(chunk, unit, layer), values)
         work.ledger.mark(_key(chunk, unit, layer))
         work.progress.update(
@@ -196,21 +121,24 @@ def _sweep_chunk(
         )
 
 
-def _store_base(
-    config: PatchConfig, runs: PairRuns, engine: PatchEngine, error: float, chunk: Chunk, work: Workspace
-) -> None:
+def _hook(plan: Plan, unit: Unit, layer: int) -> str:
+    return hook_of(unit, layer, plan.saes[layer].hook if is_of_sae(unit) else None)
+
+
+def _store_base(job: _Job, runs: PairRuns, engine: PatchEngine, error: float, chunk: Chunk) -> None:
     """Store the two unpatched runs' metrics and the first differing positions, and which engine agreed how well."""
-    if _key(chunk, _BASE) in work.ledger:
+    key = _key(chunk, _BASE)
+    if key in job.work.ledger:
         return
     base, donor = runs.base_metric, runs.donor_metric
-    clean, corrupted = (donor, base) if config.direction == "denoising" else (base, donor)
+    clean, corrupted = (donor, base) if job.config.direction == "denoising" else (base, donor)
     rows = [values.cpu().numpy() for values in (clean, corrupted, runs.first_change)]
-    _save(work, _key(chunk, _BASE), np.stack(rows))
+    _save(job.work, key, np.stack(rows))
     left_out = ", ".join(name for name in SHORTCUTS if name in getattr(engine, "shortcuts", ()))
-    work.ledger.mark(_key(chunk, _BASE), engine=type(engine).__name__, error=error, shortcuts=left_out or "none")
+    job.work.ledger.mark(key, engine=type(engine).__name__, error=error, shortcuts=left_out or "none")
 
 
-def _assemble(config: PatchConfig, plan: _Plan, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
+def _assemble(config: PatchConfig, plan: Plan, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
     bases = np.concatenate([_load(work, _key(chunk, _BASE)) for chunk in plan.chunks], axis=1)
     clean, corrupted = bases[0].astype(np.float32), bases[1].astype(np.float32)
     table = pair_table(plan.chunks, inputs.task, clean, corrupted, bases[2].astype(np.int32))
@@ -219,13 +147,13 @@ def _assemble(config: PatchConfig, plan: _Plan, inputs: Inputs, work: Workspace)
         values[unit] = gather_values(
             plan.chunks,
             len(layers_of(unit, plan.info)),
+            plan.layers(unit),
             plan.sizes(unit),
             lambda chunk, layer, unit=unit: _load(work, _key(chunk, unit, layer)),
         )
     tokens = token_arrays(plan.chunks, plan.n_pos)
-    pairs, attributes = table["pair"].to_numpy(), _attributes(config, inputs)
-    neurons = _load(work, _NEURONS) if "neuron" in plan.units else None
-    dataset = effects_dataset(values, clean, corrupted, tokens, pairs, attributes, neurons)
+    pairs, attributes = table["pair"].to_numpy(), _attributes(config, plan, inputs)
+    dataset = effects_dataset(values, clean, corrupted, tokens, pairs, attributes, _chosen(plan, work))
     dataset.to_zarr(work.path(EFFECTS_FOLDER), mode="w", zarr_format=3, consolidated=False)
     work.write_table(PAIRS_FILE, table)
     checks = [work.ledger.info(_key(chunk, _BASE)) for chunk in plan.chunks]
@@ -237,8 +165,20 @@ def _assemble(config: PatchConfig, plan: _Plan, inputs: Inputs, work: Workspace)
     }
 
 
-def _attributes(config: PatchConfig, inputs: Inputs) -> dict[str, str]:
-    return {
+def _chosen(plan: Plan, work: Workspace) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Return which neurons and features were patched, as coordinates; NO_FEATURE in layers without an SAE."""
+    found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    if "neuron" in plan.units:
+        found["neuron_id"] = (("layer", "neuron"), _load(work, _NEURONS).astype(np.int32))
+    if any(part_of(unit) == "feature" for unit in plan.units):
+        features = np.full((plan.info.n_layers, plan.n_chosen["feature"]), NO_FEATURE, np.int32)
+        features[list(plan.saes)] = _load(work, _FEATURES)
+        found["feature_id"] = (("layer", "feature"), features)
+    return found
+
+
+def _attributes(config: PatchConfig, plan: Plan, inputs: Inputs) -> dict[str, str | list[str]]:
+    found: dict[str, str | list[str]] = {
         "direction": config.direction,
         "base_run": "corrupted" if config.direction == "denoising" else "clean",
         "intervention": config.intervention,
@@ -249,6 +189,13 @@ def _attributes(config: PatchConfig, inputs: Inputs) -> dict[str, str]:
         "model": inputs.model.id,
         "task": inputs.task.id,
     }
+    if inputs.saes is not None and plan.saes:
+        names = {layer: place.name for layer, place in plan.saes.items()}
+        hooks = {layer: place.hook for layer, place in plan.saes.items()}
+        found["sae_set"] = inputs.saes.id
+        found["saes"] = [names.get(layer, "") for layer in range(plan.info.n_layers)]
+        found["sae_hooks"] = [hooks.get(layer, "") for layer in range(plan.info.n_layers)]
+    return found
 
 
 def _key(chunk: Chunk, unit: str, layer: int | None = None) -> str:
@@ -268,4 +215,4 @@ def _load(work: Workspace, key: str) -> np.ndarray:
     return np.load(_file(work, key), allow_pickle=False)
 
 
-STAGE = Stage(name="patch", version=2, config=PatchConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="patch", version=3, config=PatchConfig, inputs=Inputs, run=run, estimate=estimate)

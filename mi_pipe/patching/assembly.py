@@ -1,6 +1,6 @@
 """From the pieces of a sweep, chunk by chunk, to the arrays, the pair table and the main figures of the artifact."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -20,15 +20,23 @@ def n_pairs_of(chunks: list[Chunk]) -> int:
 
 
 def gather_values(
-    chunks: list[Chunk], n_layers: int, sizes: tuple[int, ...], read: Callable[[Chunk, int], np.ndarray]
+    chunks: list[Chunk],
+    n_layers: int,
+    measured: Iterable[int],
+    sizes: tuple[int, ...],
+    read: Callable[[Chunk, int], np.ndarray],
 ) -> Float[np.ndarray, "pair layer *axes"]:
-    """Put together what `read(chunk, layer)` returns (pair, *axes), NaN where a pair has no such position."""
+    """Put together what `read(chunk, layer)` returns (pair, *axes) of the layers that were measured.
+
+    NaN in the others, and where a pair has no such position.
+    """
     whole = np.full((n_pairs_of(chunks), n_layers, *sizes), np.nan, np.float32)
-    for chunk in chunks:
-        for layer in range(n_layers):
+    for layer in measured:
+        for chunk in chunks:
             values = read(chunk, layer)
             # Positions are the last axis, and short prompts have fewer.
-            whole[chunk.rows, layer, ..., : values.shape[-1]] = values
+            there = tuple(slice(size) for size in values.shape[1:])
+            whole[(chunk.rows, layer, *there)] = values
     return whole
 
 

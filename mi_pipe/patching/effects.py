@@ -22,7 +22,7 @@ from mi_pipe.patching.statistics import (
     sign_flip_p,
     weighted_means,
 )
-from mi_pipe.patching.units import Unit, axes_of
+from mi_pipe.patching.units import BY_POS, UNITS, Unit, axes_of
 from mi_pipe.prompts.prompt_set import PLACE_PREFIX
 
 EFFECTS_FOLDER = "effects.zarr"
@@ -72,7 +72,7 @@ class PatchEffects(Artifact):
         if unit not in self.units:
             near = near_names(unit, self.units)
             raise ConfigError(f"{self.id} has no unit {unit!r}.{near} It has {', '.join(self.units)}.")
-        values = self._dataset[unit]
+        values = self._dataset[array_of(unit)]
         if n_pos is None:
             return values
         values = values.sel(pair=self._of_length(n_pos)["pair"].to_numpy())
@@ -126,7 +126,8 @@ class PatchEffects(Artifact):
         """
         values = self.effects(unit)
         if "pos" not in values.dims:
-            raise ConfigError(f"{unit} was patched at all positions at once; patch {unit}_by_pos for single ones.")
+            single = f"; patch {unit}{BY_POS} for single ones" if f"{unit}{BY_POS}" in UNITS else ""
+            raise ConfigError(f"{unit} was patched at all positions at once{single}.")
         places = {
             column.removeprefix(PLACE_PREFIX): self.pairs[column].fillna(NO_PLACE).to_numpy(np.int64)
             for column in self.pairs
@@ -160,21 +161,29 @@ class PatchEffects(Artifact):
         return chosen
 
 
+def array_of(unit: str) -> str:
+    """Return the name of a unit's array: xarray takes one named like an axis of its own for a coordinate."""
+    return "neurons" if unit == "neuron" else unit
+
+
 def effects_dataset(
     values: Mapping[Unit, np.ndarray],
     clean: np.ndarray,
     corrupted: np.ndarray,
     tokens: dict[str, np.ndarray],
     pairs: np.ndarray,
-    attributes: Mapping[str, str],
-    neurons: np.ndarray | None = None,
+    attributes: Mapping[str, str | list[str]],
+    by_layer: Mapping[str, tuple[tuple[str, ...], np.ndarray]],
 ) -> xr.Dataset:
     """Put a sweep's arrays together: `values` by unit (pair, layer, *axes), metrics (pair), `tokens` (pair, pos).
 
-    Embeddings lie before all layers: theirs are (pair, pos). `neurons` (layer, neuron) tells which were patched.
+    Embeddings lie before all layers: theirs are (pair, pos). `by_layer` tells which neurons, SAEs and features were
+    patched: coordinates by name, with dimensions.
     """
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        unit: (("pair", *axes_of(unit)), array[:, 0]) if unit == "embed" else (("pair", "layer", *axes_of(unit)), array)
+        array_of(unit): (("pair", *axes_of(unit)), array[:, 0])
+        if unit == "embed"
+        else (("pair", "layer", *axes_of(unit)), array)
         for unit, array in values.items()
     }
     variables |= {"clean": (("pair",), clean), "corrupted": (("pair",), corrupted)}
@@ -182,6 +191,4 @@ def effects_dataset(
     dataset = xr.Dataset(variables, attrs={**attributes, "units": list(values)})
     counted = [name for name in ("layer", "pos", "head", "kv_head") if name in dataset.sizes]
     indices = {name: np.arange(dataset.sizes[name], dtype=np.int32) for name in counted}
-    if neurons is not None:
-        dataset = dataset.assign_coords({"neuron_id": (("layer", "neuron"), neurons.astype(np.int32))})
-    return dataset.assign_coords({"pair": pairs, **indices})
+    return dataset.assign_coords({**by_layer, "pair": pairs, **indices})

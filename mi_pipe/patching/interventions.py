@@ -18,6 +18,7 @@ from torch import Tensor
 from mi_pipe.models.model import Model
 from mi_pipe.patching.metrics import Direction
 from mi_pipe.patching.recording import record
+from mi_pipe.patching.sae_parts import SAEParts
 from mi_pipe.prompts.prompt_set import PairGroup
 
 Intervention = Literal["patch", "zero", "mean", "mean_by_position", "resample"]
@@ -33,6 +34,8 @@ class Ablation:
     groups: Sequence[PairGroup]
     """All pairs of the sweep: what means are taken over, and other pairs drawn from."""
     seed: int = 0
+    saes: SAEParts | None = None
+    """The SAEs whose parts are ablated, if any are."""
     _sums: dict[tuple[str, str, int], tuple[Tensor, int]] = field(default_factory=dict)
     """Sum over prompts (pos, width) and their number, by hook point, template and length."""
 
@@ -73,7 +76,7 @@ class Ablation:
             prompts = self._donor_prompts(group)
             for start in range(0, group.n_pairs, _PROMPTS_A_RUN):
                 rows = slice(start, start + _PROMPTS_A_RUN)
-                _, seen = record(model, prompts[rows].to(model.device), missing)
+                _, seen = record(model, prompts[rows].to(model.device), missing, self.saes)
                 self._add(seen, group.templates[rows])
 
     def _add(self, seen: dict[str, Tensor], templates: Sequence[str]) -> None:

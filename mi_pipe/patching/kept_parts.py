@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from mi_pipe.patching.block_calls import BlockCalls
 from mi_pipe.patching.block_parts import inputs_first
-from mi_pipe.patching.patches import Patches
-from mi_pipe.patching.patterns import is_pattern, z_hook
+from mi_pipe.patching.patches import Patches, Read, edited_hook
 from mi_pipe.patching.runs import PairRuns
 
 _Z, _NEURON, _MID = "attn.hook_z", "mlp.hook_post", "hook_resid_mid"
 _ATTN, _MLP, _ATTN_END, _MLP_END = "attn.hook_out", "mlp.hook_out", "hook_attn_out", "hook_mlp_out"
 PAIRS_CHECKED = 2
 """Shortcuts are compared with the model's own numbers on so many pairs of each batch."""
-_Read = Callable[[Float[Tensor, "pair pos width"]], Float[Tensor, "row few width"]]
 
 
 class KeptParts:
@@ -63,14 +61,14 @@ class KeptParts:
 
     def largest_error(self) -> float:
         """Return the largest relative error of blocks run on their own kept parts, and of the projections' maps."""
-        hooks = {z_hook(hook) if is_pattern(hook) else hook for hook in self.runs.donors}
+        hooks = {edited_hook(hook) for hook in self.runs.donors}
         return max((self._error(hook) for hook in hooks if self.knows(hook)), default=0.0)
 
-    def _block(self, patches: Patches, layer: int, read: _Read) -> Tensor:
+    def _block(self, patches: Patches, layer: int, read: Read) -> Tensor:
         """Call the patched block at the positions that `read` reads, all of which are patched."""
         name, base, parts = _split(patches.edited_hook)[1], self._base(layer), self.calls.parts[layer]
         hidden = read(self.runs.residuals[layer])
-        donor = read(self.runs.donors[patches.hook])
+        donor = patches.donor(self.runs, read)
         outputs: dict[nn.Module, Tensor] = {_module(parts.attention): read(base(_ATTN))}
         if name in (_Z, _NEURON):
             change = self._written(patches, layer, donor - read(base(name)))

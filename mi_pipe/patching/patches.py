@@ -9,6 +9,15 @@ from torch import Tensor
 
 from mi_pipe.patching.patterns import is_pattern, z_hook
 from mi_pipe.patching.runs import PairRuns
+from mi_pipe.patching.sae_parts import is_sae_part, whole_hook
+
+Read = Callable[[Float[Tensor, "pair pos width"]], Float[Tensor, "row few width"]]
+"""Takes a pair and some positions of it for each row."""
+
+
+def edited_hook(hook: str) -> str:
+    """Return the hook point whose value is replaced for a donor value of `hook`: a pattern's is one of z."""
+    return z_hook(hook) if is_pattern(hook) else whole_hook(hook)
 
 
 @dataclass(frozen=True)
@@ -16,7 +25,7 @@ class Patches:
     """Replaces part of the base run's value at a hook point by the donor value, in each row another part."""
 
     hook: str
-    """Whose donor value is put in; for a pattern that is a value of z."""
+    """Whose donor value is put in; for a pattern that is a value of z, for part of an SAE one of its hook point."""
     pair: Int[Tensor, " row"]
     """Which pair's base run is patched, and whose donor values are used."""
     part: Int[Tensor, " row"] | None = None
@@ -27,11 +36,13 @@ class Patches:
     """The one position that is replaced; None for all."""
     first_pos: int = 0
     """No row changes anything before this position."""
+    feature: Int[Tensor, " row"] | None = None
+    """Of the chosen features of an SAE, the number of the one that is replaced; None for all of them."""
 
     @property
     def edited_hook(self) -> str:
         """The hook point whose value is replaced."""
-        return z_hook(self.hook) if is_pattern(self.hook) else self.hook
+        return edited_hook(self.hook)
 
     def columns(self) -> Int[Tensor, "row column"]:
         """Return the columns that are replaced, where a part is."""
@@ -46,9 +57,19 @@ class Patches:
         donor = donor.to(base.dtype)
         return donor if mask is None else torch.where(mask, donor, base)
 
+    def donor(self, runs: PairRuns, read: Read) -> Float[Tensor, "row few width"]:
+        """Return what takes the place of the edited hook point's value; `read` picks each row's pair and positions."""
+        donor = read(runs.donors[self.hook])
+        if not is_sae_part(self.hook):
+            return donor
+        assert runs.saes is not None, "parts are of SAEs"
+        whole = read(runs.base[self.edited_hook])
+        change = runs.saes.written(self.hook, donor - read(runs.base[self.hook]), self.feature)
+        return whole + change.to(whole.dtype)
+
     def edit(self, runs: PairRuns, first_pos: int = 0) -> Callable[[Tensor], Tensor]:
         """Return the hook function that replaces, for values that begin at `first_pos`."""
-        donor = runs.donors[self.hook][self.pair, first_pos:]
+        donor = self.donor(runs, lambda value: value[self.pair, first_pos:])
         return lambda value: self.replaced(value, donor, first_pos)
 
     def _mask(self, n_pos: int, width: int, first_pos: int) -> Bool[Tensor, "row mask_pos mask_width"] | None:

@@ -10,24 +10,29 @@ from mi_pipe.core.errors import HookPointError
 from mi_pipe.models.model import Model
 from mi_pipe.models.reading import Reading, listening
 from mi_pipe.patching.readout import last_logits
+from mi_pipe.patching.sae_parts import SAEParts, is_sae_part, plain_hooks
 
 
 @torch.no_grad()
 def record(
-    model: Model, tokens: Int[Tensor, "pair pos"], hooks: list[str], **options: Any
+    model: Model, tokens: Int[Tensor, "pair pos"], hooks: list[str], saes: SAEParts | None = None, **options: Any
 ) -> tuple[Float[Tensor, "pair d_vocab"], dict[str, Tensor]]:
     """Run prompts; return the last position's logits and each hook point's value (pair, pos, width), heads not split.
 
-    Raises HookPointError for hook points that only the bridge has.
+    Names of parts of SAEs among `hooks` need `saes`. `options` go to the model's forward. Raises HookPointError for
+    hook points that only the bridge has.
     """
     found: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor) -> None:
         found[name] = value.clone()
 
-    with listening(model.module, {name: _reading(model, name) for name in hooks}, keep):
+    with listening(model.module, {name: _reading(model, name) for name in plain_hooks(hooks)}, keep):
         logits = last_logits(model, tokens, **options)
-    return logits, found
+    if parts := [name for name in hooks if is_sae_part(name)]:
+        assert saes is not None, "parts are of SAEs"
+        found |= saes.read(parts, found)
+    return logits, {name: found[name] for name in hooks}
 
 
 def _reading(model: Model, name: str) -> Reading:

@@ -20,6 +20,7 @@ from mi_pipe.patching.metrics import Direction, LogitDiff, Metric, PairInfo
 from mi_pipe.patching.patterns import is_pattern, z_hook, z_of_patterns
 from mi_pipe.patching.readout import read_logits
 from mi_pipe.patching.recording import record
+from mi_pipe.patching.sae_parts import SAEParts, plain_hooks
 from mi_pipe.prompts.prompt_set import PairGroup
 
 _KEPT = ("attn.hook_out", "mlp.hook_out", "hook_attn_out", "hook_mlp_out")
@@ -43,11 +44,14 @@ class PairRuns:
     residuals: list[Float[Tensor, "pair pos d_model"]]
     """What enters each block in the base run, and what leaves the last."""
     base: dict[str, Float[Tensor, "pair pos width"]]
-    """The base run's value at each hook point of the sweep, heads not split, and of the modules around them."""
+    """The base run's value at each hook point of the sweep, heads not split, of the modules around them, and of parts
+    of SAEs."""
     donors: dict[str, Float[Tensor, "pair pos width"]]
     """The value that is put there."""
     keys_values: KeysValues | None
     """Keys and values of the base run, if the model keeps them."""
+    saes: SAEParts | None = None
+    """The SAEs of which features or errors are patched."""
 
     @property
     def n_pairs(self) -> int:
@@ -83,8 +87,11 @@ def run_pairs(
     hooks: list[str],
     metric: Metric | None = None,
     ablation: Ablation | None = None,
+    saes: SAEParts | None = None,
 ) -> PairRuns:
     """Run both prompts of every pair and keep what patching at `hooks` needs; the metric is logit_diff by default.
+
+    `hooks` may name parts of `saes` (sae_parts), of which an `ablation` knows too.
 
     Memory: n_layers x n_pairs x n_pos x d_model values for the base run, and up to six times as much for each
     layer of `hooks`. Raises StageError for attention patterns that do not make up the heads' outputs.
@@ -95,13 +102,13 @@ def run_pairs(
     plain = [hook for hook in hooks if not is_pattern(hook)]
     cache = DynamicCache()
     entries = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.info.n_layers)] + ["ln_final.hook_in"]
-    wanted = dict.fromkeys([*entries, *_kept(model, hooks), *plain])
-    base_logits, seen = record(model, base, list(wanted), past_key_values=cache, use_cache=True)
-    donor_logits, donors = record(model, donor, plain)
+    wanted = dict.fromkeys([*entries, *_kept(model, hooks), *plain_hooks(plain), *plain])
+    base_logits, seen = record(model, base, list(wanted), saes, past_key_values=cache, use_cache=True)
+    donor_logits, donors = record(model, donor, plain, saes)
     first_change = _first_change(base, donor)
     if ablation is not None and ablation.needs_tokens:
         donor = ablation.tokens(group).to(model.device)
-        _, donors = record(model, donor, plain)
+        _, donors = record(model, donor, plain, saes)
         first_change = _first_change(base, donor)
     elif ablation is not None:
         ablation.prepare(model, plain)
@@ -120,6 +127,7 @@ def run_pairs(
         base=seen,
         donors=donors,
         keys_values=KeysValues.of_cache(cache),
+        saes=saes,
     )
 
 

@@ -11,7 +11,8 @@ from mi_pipe.models.info import ModelInfo
 from mi_pipe.patching.cells import Cells, part_cells, position_cells
 from mi_pipe.patching.engine import PatchEngine
 from mi_pipe.patching.patches import Patches
-from mi_pipe.patching.units import Unit, axes_of, hook_of, is_by_pos, is_local, n_parts, part_of
+from mi_pipe.patching.runs import PairRuns
+from mi_pipe.patching.units import Unit, axes_of, hook_of, is_by_pos, is_local, is_of_sae, n_parts, part_of
 
 DEFAULT_BATCH_BYTES = 256 << 20
 _FEWEST_TOKENS, _MOST_TOKENS = 64, 1 << 16
@@ -38,12 +39,12 @@ def sweep_layer(
 ) -> Float[np.ndarray, "pair *axes"]:
     """Return the metric of each pair with each cell of a unit patched at one layer, float32.
 
-    Axes are those of `axes_of(unit)`: positions, heads, key/value heads, or the given `neurons`; with `only`, units by
-    position are patched at these positions alone (NaN elsewhere). `batch_tokens` bounds rows x positions of a forward
-    pass.
+    Axes are those of `axes_of(unit)`: positions, heads, key/value heads, the given `neurons`, or the layer's chosen
+    features; with `only`, units by position are patched at these positions alone (NaN elsewhere). `batch_tokens` bounds
+    rows x positions of a forward pass.
     """
     runs, info = engine.runs, engine.model.info
-    parts = n_parts(unit, info, len(neurons))
+    parts = n_parts(unit, info, _n_chosen(runs, unit, layer, neurons))
     if is_by_pos(unit):
         is_read_last = is_local(unit) and layer == info.n_layers - 1
         cells = position_cells(runs.first_change, runs.n_pos, parts, only, is_read_last)
@@ -72,18 +73,27 @@ def patched_cells(
 
 
 def _patches(engine: PatchEngine, unit: Unit, layer: int, cells: Cells, neurons: Sequence[int]) -> Patches:
+    saes = engine.runs.saes
     return Patches(
-        hook=hook_of(unit, layer),
+        hook=hook_of(unit, layer, saes.hook(layer) if saes is not None and is_of_sae(unit) else None),
         pair=cells.pair,
         part=_parts(unit, cells.part, neurons),
         part_width=1 if part_of(unit) == "neuron" else engine.model.info.d_head,
         pos=cells.pos if is_by_pos(unit) else None,
         first_pos=int(cells.first_pos.min()),
+        feature=cells.part if part_of(unit) == "feature" else None,
     )
 
 
+def _n_chosen(runs: PairRuns, unit: Unit, layer: int, neurons: Sequence[int]) -> int:
+    if part_of(unit) != "feature":
+        return len(neurons)
+    assert runs.saes is not None, "only layers with an SAE are swept"
+    return len(runs.saes.features[layer])
+
+
 def _parts(unit: Unit, part: Int[Tensor, " row"], neurons: Sequence[int]) -> Int[Tensor, " row"] | None:
-    if part_of(unit) is None:
+    if part_of(unit) in (None, "feature"):
         return None
     return torch.tensor(neurons, device=part.device)[part] if part_of(unit) == "neuron" else part
 

@@ -12,12 +12,13 @@ from mi_pipe.patching.metrics import METRIC_NAMES, find_metric, logit_diff
 from mi_pipe.patching.patches import Patches
 from mi_pipe.patching.runs import run_pairs
 from mi_pipe.patching.sweep import sweep_layer
-from mi_pipe.patching.units import UNITS, axes_of, hook_of, layers_of, present_units
+from mi_pipe.patching.units import UNITS, axes_of, hook_of, is_of_sae, layers_of, present_units
 from tests.patching.conftest import make_model
 from tests.patching.pairs import SHARED, brute_force, random_pairs
 
 GOAL = 1e-5
 NEURONS = [5, 0, 21]
+PLAIN_UNITS = [unit for unit in UNITS if not is_of_sae(unit)]
 TL_FUNCTIONS = {
     "resid_pre": tl.get_act_patch_resid_pre,
     "attn_out": tl.get_act_patch_attn_out,
@@ -32,7 +33,7 @@ BY_HOOKS = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_ou
 
 
 def present(model):
-    return present_units(UNITS, model.hooks, model.info.n_layers)
+    return present_units(PLAIN_UNITS, model.hooks, model.info.n_layers)
 
 
 def all_hooks(model):
@@ -211,9 +212,9 @@ def test_positions_before_the_first_difference_have_exactly_the_base_metric(mode
 
 
 def test_an_attention_only_model_has_no_mlp():
-    missing = set(UNITS) - set(present(make_model("native_attn_only")))
+    missing = set(PLAIN_UNITS) - set(present(make_model("native_attn_only")))
     assert missing == {"resid_mid", "mlp_out", "neuron"}
 
 
 def test_parallel_blocks_have_no_state_between_attention_and_mlp():
-    assert set(UNITS) - set(present(make_model("neox"))) == {"resid_mid"}
+    assert set(PLAIN_UNITS) - set(present(make_model("neox"))) == {"resid_mid"}

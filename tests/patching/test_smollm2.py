@@ -40,7 +40,7 @@ def test_patching_equals_transformer_lens(model, group):
     runs = run_pairs(model, group, "denoising", [hook_of(unit, layer) for unit in UNITS for layer in LAYERS])
     engine, error = make_engine(model, runs)
     assert isinstance(engine, RestartEngine)
-    assert engine.reuses_prefix
+    assert "prefix" in engine.shortcuts
     assert error < 1e-5
     _, cache = model.bridge.run_with_cache(group.clean)
     scale = float(torch.stack([runs.base_metric, runs.donor_metric]).abs().max())

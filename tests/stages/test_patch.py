@@ -10,8 +10,10 @@ from mi_pipe.core.store import Store
 from mi_pipe.patching.effects import PatchEffects
 from stages import patch as stage
 from stages.patch import STAGE, Inputs, PatchConfig
+from tests.patching import apart
 from tests.patching.pairs import brute_force
 from tests.stages.killed import resume_after_kill
+from tests.stages.scored_toy import toy_saes
 from tests.stages.toys import toy_corpus, toy_model, toy_task
 
 CONFIG = PatchConfig(max_pairs=5, device="cpu", batch_tokens=64)
@@ -126,3 +128,47 @@ def test_a_killed_sweep_continues_and_ends_with_the_same_bytes(tmp_path, effects
     result = resume_after_kill(stage, CONFIG, inputs, Store(tmp_path / "other"), at=5)
     assert result.artifact.digest == effects.digest
     assert result.artifact.manifest.files.keys() == effects.manifest.files.keys()
+
+
+@pytest.fixture(scope="module")
+def with_mlps(store) -> Inputs:
+    model = toy_model(store, attn_only=False)
+    hooks = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
+    return Inputs(model, toy_task(store, model), toy_saes(store, "7" * 16, hooks, 32))
+
+
+SAE_CONFIG = CONFIG.model_copy(update={"units": ["neuron", "sae_feature", "sae_error"], "neurons": 3, "features": 4})
+
+
+def test_parts_of_saes_are_measured_where_there_is_one_and_nan_elsewhere(store, with_mlps):
+    config = SAE_CONFIG.model_copy(update={"saes": ["blocks.1.hook_mlp_out"], "features": [5, 0]})
+    found = PatchEffects(execute(STAGE, config, with_mlps, store).artifact.path)
+    model, sae = with_mlps.model.load("cpu"), with_mlps.saes["second.topk"]
+    dataset = found.to_xarray()
+    assert dataset["feature_id"].to_numpy().tolist() == [[-1, -1], [5, 0]]
+    assert dataset.attrs["saes"] == ["", "second.topk"]
+    assert dataset.attrs["sae_hooks"] == ["", "blocks.1.hook_mlp_out"]
+    assert dataset.attrs["sae_set"] == with_mlps.saes.id
+    assert found.effects("sae_error").dims == ("pair", "layer")
+    assert bool(found.effects("sae_feature").isel(layer=0).isnull().all())
+    for group in with_mlps.task.pair_groups():
+        rows = np.flatnonzero(np.isin(group.pairs, found.pairs["pair"]))
+        for unit in ("sae_feature", "sae_error"):
+            wanted = apart.brute_force(model, group, sae, "denoising", unit, [5, 0])[rows]
+            values = found.effects(unit, group.n_pos).to_numpy()[:, 1]
+            np.testing.assert_allclose(values, wanted.reshape(values.shape), rtol=1e-5, atol=3e-5)
+    frame = found.to_pandas("sae_feature")
+    assert list(frame.columns) == ["pair", "layer", "feature", "feature_id", "value"]
+    assert len(frame) == 5 * 2
+    assert set(found.to_pandas("neuron")["neuron_id"]) == set(dataset["neuron_id"].to_numpy().ravel())
+    assert "p" in found.statistics("sae_feature")
+
+
+def test_saes_that_cannot_be_patched_are_told_before_the_model_loads(store, inputs, with_mlps):
+    for changes, given, message in [
+        ({}, Inputs(inputs.model, inputs.task), "sae_feature, sae_error need SAEs, and none were given"),
+        ({}, with_mlps, "first.topk and first.threshold are both of layer 0"),
+        ({"saes": ["second.topk"], "features": [10_000]}, with_mlps, "second.topk has features 0 to"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            execute(STAGE, SAE_CONFIG.model_copy(update=changes), given, store)
