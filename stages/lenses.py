@@ -243,4 +243,4 @@ def _chunk_unit(task: str, chunk: Chunk) -> str:
     return f"tasks/{task}/{chunk.name}"
 
 
-STAGE = Stage(name="lenses", version=1, config=LensesConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="lenses", version=2, config=LensesConfig, inputs=Inputs, run=run, estimate=estimate)

@@ -1,5 +1,6 @@
 """A task's lens readings as arrays: lens, prompt, depth, position; and the tokens of interest at each position."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -88,8 +89,13 @@ def task_dataset(
     dims = ("lens", "prompt", "depth", "pos")
     variables = {name: ((*dims, *_DIMS.get(name, ())), value) for name, value in arrays.items()}
     dataset = xr.Dataset({**variables, "token_id": (("prompt", "pos"), token_id)})
-    lenses = [LOGIT, TUNED][: first["kl"].shape[0]]
+    lenses = _words([LOGIT, TUNED][: first["kl"].shape[0]])
     coordinates = {"lens": lenses, "prompt": prompts.astype(np.int32), "depth": np.arange(n_depths, dtype=np.int32)}
-    named = {"pos": np.arange(n_pos, dtype=np.int32), "choice": list(CHOICES)}
-    hooks = ("depth", [hook_at(depth) for depth in range(n_depths)])
+    named = {"pos": np.arange(n_pos, dtype=np.int32), "choice": _words(CHOICES)}
+    hooks = ("depth", _words([hook_at(depth) for depth in range(n_depths)]))
     return dataset.assign_coords({**coordinates, **named, "hook": hooks})
+
+
+def _words(texts: Sequence[str]) -> np.ndarray:
+    """Return texts as objects, which are stored as Zarr's `string`; its texts of fixed length have no v3 standard."""
+    return np.array(texts, dtype=object)

@@ -32,10 +32,14 @@ def write_lenses(work: Workspace, tokens: list[str], n_prompts: int) -> dict:
         kept[missing] = np.nan if is_float else -1
         arrays[name] = ((*dims, *last.get(name, ())), kept)
     ids = {name: ("prompt", np.full(n_prompts, i, np.int32)) for i, name in enumerate(("answer_id", "wrong_id"))}
-    coordinates = {"lens": ["logit", "tuned"], "prompt": np.arange(n_prompts) * 2, "depth": range(n_depths)}
+    coordinates = {
+        "lens": np.array(["logit", "tuned"], object),
+        "prompt": np.arange(n_prompts) * 2,
+        "depth": range(n_depths),
+    }
     dataset = xr.Dataset(
         {**arrays, **ids, "token_id": (("prompt", "pos"), token_id)},
-        {**coordinates, "pos": range(n_pos), "choice": list(CHOICES)},
+        {**coordinates, "pos": range(n_pos), "choice": np.array(CHOICES, object)},
     )
     dataset.to_zarr(work.path("tasks/ioi.zarr"), mode="w", zarr_format=3, consolidated=False)
     work.write_table("vocabulary.parquet", pd.DataFrame({"token_id": range(n_pos), "text": tokens}))
