@@ -5,6 +5,7 @@
           │                 └──────► lenses, probes ─────────────────┤
           └──────────► heads, patch, attribute, circuits ───────────┴──► report
 
+Where parts of SAEs are patched, `patch` reads them too.
 Instead of a harvest, activations that exist may be given, and instead of a training SAEs; so may a second store of the
 same tokens, and a training to go on from.
 
@@ -96,9 +97,8 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
     }
     if recipe.heads:
         step(heads.STAGE, recipe.heads, "heads", model=model, tasks=list(tasks.values()))
-    if recipe.patch:
-        for name in recipe.patch.tasks or tasks:
-            step(patch.STAGE, recipe.patch, f"patch.{name}", model=model, task=tasks[name])
+    if recipe.patch and not recipe.patch.reads_saes:
+        _patches(recipe.patch, step, tasks, {"model": model})
     if recipe.attribution:
         for name in recipe.attribution.tasks or tasks:
             step(attribute.STAGE, recipe.attribution, f"attribution.{name}", model=model, task=tasks[name])
@@ -119,12 +119,20 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
         run_on = text if model else None
         start = given_training(recipe.saes.start_from, store) if recipe.saes.start_from else None
         saes = step(train_saes.STAGE, recipe.saes, "saes", prompts=run_on, start=start, **read)
+    if recipe.patch and recipe.patch.reads_saes:
+        _patches(recipe.patch, step, tasks, {"model": model, "saes": saes})
     if recipe.features:
         step(score_features.STAGE, recipe.features, "features", prompts=text, **read, saes=saes)
     if recipe.report:
         given = [item for item in (text, acts, other, saes) if isinstance(item, Artifact)]
         steps.append(_report(recipe, [*given, *steps]))
     return steps
+
+
+def _patches(config: patch.PatchConfig, step: Any, tasks: dict[str, Step], read: dict[str, Any]) -> None:
+    """Wire patching, each task by itself; SAEs are read, and in the ids, only where parts of them are patched."""
+    for name in config.tasks or tasks:
+        step(patch.STAGE, config, f"patch.{name}", task=tasks[name], **read)
 
 
 def _readings(recipe: Recipe, step: Any, tasks: list[Step], read: dict[str, Any]) -> None:

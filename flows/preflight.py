@@ -6,6 +6,7 @@ from typing import Any
 from flows.diagram import Step, diagram, given_of
 from flows.forecast import Forecast, check_fit, harvest_forecasts
 from flows.given import Given
+from flows.patch_checks import check_given, check_planned
 from flows.planning import Intent, plan
 from flows.reading_checks import check_readings
 from flows.recipe import Recipe, load_recipe
@@ -51,6 +52,7 @@ def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
     intents = plan(steps, where)
     given = tuple(given_of(steps))
     check_readings(content, intents, where)
+    check_given(content, given)
     reads = _reads_of_saes(intents, where)
     if reads.saes is not None and reads.activations is not None:
         scored_saes(reads.saes, widths_of(reads.activations), reads.activations.id)
@@ -67,12 +69,12 @@ def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
 def _check_hooks(recipe: Recipe, reads: Reads, hooks: HookMap | None) -> None:
     """Raise HookPointError or ConfigError for what would fail only after hours."""
     if recipe.saes and reads.activations is not None:
-        check_sweep(recipe.saes, reads, hooks)
+        check_planned(recipe, check_sweep(recipe.saes, reads, hooks))
     if recipe.harvest is None or hooks is None:
         return
     harvested = {site.name: site.width for site in select_hooks(recipe.harvest.hooks, hooks)}
     if recipe.saes and reads.activations is None:
-        check_planned_sweep(recipe.saes, harvested, reads.other)
+        check_planned(recipe, check_planned_sweep(recipe.saes, harvested, reads.other))
     if reads.saes is not None and reads.activations is None:
         scored_saes(reads.saes, harvested, "harvest.hooks")
 

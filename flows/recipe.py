@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
+from flows.patch_checks import check_patched
 from flows.recipe_errors import explain, key_lines
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import ConfigError, near_names
@@ -36,7 +37,7 @@ _NEEDS = {
     "harvest": ("prompts",),
     "saes": ("harvest", "activations"),
     "features": ("saes", "trained_saes"),
-    "trained_saes": ("harvest", "activations"),
+    "trained_saes": ("harvest", "activations", "patch"),
     "probes": ("harvest", "activations"),
     "heads": ("tasks",),
     "patch": ("tasks",),
@@ -195,6 +196,7 @@ def _check_sections(recipe: Recipe, place: str) -> None:
                 f"{place} has both {section!r} and {given!r} ({getattr(recipe, given)}); leave out one of them."
             )
     _check_lenses(recipe, place)
+    check_patched(recipe, place)
     _check_model(recipe, place)
     for section in ("patch", "attribution", "circuits"):
         chosen = getattr(getattr(recipe, section), "tasks", None) or []

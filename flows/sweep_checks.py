@@ -13,6 +13,7 @@ from mi_pipe.models.hook_points import HookMap
 from mi_pipe.saes.config import TrainSAEsConfig
 from mi_pipe.saes.planning import plan_sweep
 from mi_pipe.saes.sae_set import SAESet
+from mi_pipe.saes.sweep import SAESpec
 from stages.train_saes import Inputs
 
 
@@ -27,8 +28,8 @@ class Reads:
     """SAEs that are there instead of a training, for their features to be scored."""
 
 
-def check_sweep(asked: TrainSAEsConfig, reads: Reads, hooks: HookMap | None) -> None:
-    """Check a sweep on activations that exist; `hooks` are those of the recipe's model.
+def check_sweep(asked: TrainSAEsConfig, reads: Reads, hooks: HookMap | None) -> list[SAESpec]:
+    """Check a sweep on activations that exist and return its SAEs; `hooks` are those of the recipe's model.
 
     Raises HookPointError or ConfigError for places that the stores, or the model, do not have so, for a second store of
     other tokens, and for a training to go on from that does not fit.
@@ -45,14 +46,17 @@ def check_sweep(asked: TrainSAEsConfig, reads: Reads, hooks: HookMap | None) -> 
                 f"activations: {hook} is {reads.activations.width(hook)} values wide in {reads.activations.id}, and "
                 f"{hooks[hook].width} in the recipe's model. Name the model of the activations, or none."
             )
+    return specs
 
 
-def check_planned_sweep(asked: TrainSAEsConfig, harvested: Mapping[str, int], other: ActivationStore | None) -> None:
-    """Check a sweep on a harvest that is still to be made, given the widths of its hook points.
+def check_planned_sweep(
+    asked: TrainSAEsConfig, harvested: Mapping[str, int], other: ActivationStore | None
+) -> list[SAESpec]:
+    """Check a sweep on a harvest that is still to be made, given the widths of its hook points, and return its SAEs.
 
     Raises HookPointError or ConfigError.
     """
     widths = dict(harvested)
     if other is not None:
         widths |= {OTHER + hook: other.width(hook) for hook in other.hooks}
-    plan_sweep(asked, widths, "harvest.hooks")
+    return plan_sweep(asked, widths, "harvest.hooks")
