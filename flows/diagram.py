@@ -3,7 +3,8 @@
     train_model ──► (model)
     generate_prompts ──► harvest ──► train_saes ──► score_features ──┐
           │                 └──────► lenses, probes ─────────────────┤
-          └──────────► heads, patch, attribute, circuits ───────────┴──► report
+          └──────────► heads, patch, attribute, circuits ───────────┼──► report
+                              (prompts, probes, SAEs) ──► steer ────┘
 
 Where parts of SAEs are patched, `patch` reads them too.
 Instead of a harvest, activations that exist may be given, and instead of a training SAEs; so may a second store of the
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Union
 
-from flows.given import Given, given_activations, given_saes, given_training, known_prompts
+from flows.given import Given, given_activations, given_probes, given_saes, given_training, known_prompts
 from flows.recipe import Recipe
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.config import Config
+from mi_pipe.core.errors import ConfigError
 from mi_pipe.core.stage import Stage, stage_id
 from mi_pipe.core.store import Store
 from mi_pipe.models.handle import ModelHandle, resolve_model
@@ -36,6 +38,7 @@ from stages import (
     probes,
     report,
     score_features,
+    steer,
     train_model,
     train_saes,
 )
@@ -110,7 +113,7 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
     if recipe.activations:
         acts = given_activations(recipe.activations, store, model.id if model else None)
         text = text or known_prompts(acts, store)
-    _readings(recipe, step, list(tasks.values()), {"model": model, "activations": acts, "prompts": text})
+    readers = _readings(recipe, step, list(tasks.values()), {"model": model, "activations": acts, "prompts": text})
     other = _other(recipe, store)
     saes = given_saes(recipe.trained_saes, store) if recipe.trained_saes else None
     read = {"model": model, "activations": acts, "other": other}
@@ -123,8 +126,11 @@ def diagram(recipe: Recipe, store: Store) -> list[Step]:
         _patches(recipe.patch, step, tasks, {"model": model, "saes": saes})
     if recipe.features:
         step(score_features.STAGE, recipe.features, "features", prompts=text, **read, saes=saes)
+    probed = given_probes(recipe.steering.probes, store) if recipe.steering and recipe.steering.probes else readers
+    if recipe.steering:
+        _steering(recipe.steering, step, model, {**tasks}, {"prompts": text, "probes": probed, "saes": saes})
     if recipe.report:
-        given = [item for item in (text, acts, other, saes) if isinstance(item, Artifact)]
+        given = [item for item in (text, acts, other, saes, probed) if isinstance(item, Artifact)]
         steps.append(_report(recipe, [*given, *steps]))
     return steps
 
@@ -135,14 +141,33 @@ def _patches(config: patch.PatchConfig, step: Any, tasks: dict[str, Step], read:
         step(patch.STAGE, config, f"patch.{name}", task=tasks[name], **read)
 
 
-def _readings(recipe: Recipe, step: Any, tasks: list[Step], read: dict[str, Any]) -> None:
-    """Wire lenses and probes; what a config does not make them read is not in their ids."""
+def _readings(recipe: Recipe, step: Any, tasks: list[Step], read: dict[str, Any]) -> Step | None:
+    """Wire lenses and probes, and return the probes; what a config does not make them read is not in their ids."""
     if recipe.lenses:
         read_if_tuned = read if recipe.lenses.tuned else {"model": read["model"]}
         step(lenses.STAGE, recipe.lenses, "lenses", tasks=tasks, **read_if_tuned)
     if recipe.probes:
         read_if_moved = read if recipe.probes.causal else {"activations": read["activations"]}
-        step(probes.STAGE, recipe.probes, "probes", **read_if_moved)
+        return step(probes.STAGE, recipe.probes, "probes", **read_if_moved)
+    return None
+
+
+def _steering(
+    config: steer.SteeringConfig, step: Any, model: Any, tasks: dict[str, Step], others: dict[str, Any]
+) -> None:
+    """Wire steering; probes, SAEs and text are in its id only where it uses them."""
+    chosen = tasks if config.tasks is None else config.tasks
+    sets = [tasks[name] if name in tasks else others[name] for name in config.contrast_sets]
+    if None in sets:
+        raise ConfigError("steering: the prompts of the activations are not in the store; name them (section prompts).")
+    directions = config.directions.values()
+    is_used = {
+        "prompts": config.perplexity is not None,
+        "probes": any(direction.probe for direction in directions),
+        "saes": any(direction.feature for direction in directions),
+    }
+    read = {role: source if is_used[role] else None for role, source in others.items()}
+    step(steer.STAGE, config, "steering", model=model, tasks=[tasks[name] for name in chosen], contrasts=sets, **read)
 
 
 def _model(recipe: Recipe, store: Store, step: Any) -> Step | ModelHandle | None:

@@ -15,11 +15,12 @@ from mi_pipe.models.handle import resolve_model
 from mi_pipe.models.source import ModelSource
 from mi_pipe.models.trained import TrainedModel
 from mi_pipe.opening import open_artifact
+from mi_pipe.probes.probe_set import ProbeSet
 from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.saes.sae_set import SAESet
 from stages import train_saes
 
-_LABELS = {"other": "other_store", "start": "start_from", "saes": "trained_saes"}
+_LABELS = {"other": "other_store", "start": "start_from", "saes": "trained_saes", "probes": "steering.probes"}
 """Roles by the names that recipes have for them."""
 
 
@@ -85,6 +86,14 @@ def given_saes(name: str, store: Store) -> SAESet:
     return found
 
 
+def given_probes(name: str, store: Store) -> ProbeSet:
+    """Open probes that are there; raises ConfigError if the artifact holds none, and what `mi_pipe.open` raises."""
+    found = open_artifact(name, store)
+    if not isinstance(found, ProbeSet):
+        raise ConfigError(f"steering.probes: {found.id} holds no probes; name the artifact of a probes section.")
+    return found
+
+
 def as_row(given: Given) -> dict[str, Any]:
     """Return what is given as a row for tables and JSON, like those of `flows.planning`."""
     found = given.artifact
@@ -95,6 +104,8 @@ def as_row(given: Given) -> dict[str, Any]:
         text = f"{len(found)} SAE{'s' if len(found) != 1 else ''}"
         if given.role == "start":
             text = f"a training of {text}, to go on from"
+    elif isinstance(found, ProbeSet):
+        text = f"probes of {', '.join(found.labels)}"
     label = _LABELS.get(given.role, given.role)
     return {"step": label, "id": found.id, "action": "given", "reason": text, "n_done": 0, "n_total": None}
 

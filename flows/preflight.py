@@ -10,6 +10,7 @@ from flows.patch_checks import check_given, check_planned
 from flows.planning import Intent, plan
 from flows.reading_checks import check_readings
 from flows.recipe import Recipe, load_recipe
+from flows.steering_checks import check_planned_steering
 from flows.sweep_checks import Reads, check_planned_sweep, check_sweep
 from mi_pipe.activations.harvest.hook_selection import select_hooks
 from mi_pipe.activations.training.source import widths_of
@@ -22,7 +23,7 @@ from mi_pipe.models.trained import native_module, wrap_native
 from mi_pipe.opening import open_artifact
 from stages import score_features, train_saes
 
-_LOOKS_AT_HOOKS = ("harvest", "train_saes")
+_LOOKS_AT_HOOKS = ("harvest", "train_saes", "steer")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
         return Prepared(content, where, steps, intents, given)
     hooks = _hooks(content, steps)
     _check_hooks(content, reads, hooks)
+    if content.steering is not None and hooks is not None:
+        check_planned_steering(content.steering, hooks, _handle(steps))
     forecasts = [] if hooks is None else harvest_forecasts(intents, hooks, where)
     for forecast in forecasts:
         check_fit(forecast)
@@ -97,6 +100,11 @@ def _hooks(recipe: Recipe, steps: list[Step]) -> HookMap | None:
     """Return the hook points of the recipe's model, or None without one."""
     if recipe.train_model:
         return wrap_native(native_module(recipe.train_model.model.native_fields(recipe.train_model.seed))).hooks
-    handles = (source for step in steps for _, source in step.sources() if isinstance(source, ModelHandle))
-    handle = next(handles, None)
+    handle = _handle(steps)
     return None if handle is None else source_hooks(handle)[0]
+
+
+def _handle(steps: list[Step]) -> ModelHandle | None:
+    """Return the recipe's model, or None if there is none, or it is still to be trained."""
+    handles = (source for step in steps for _, source in step.sources() if isinstance(source, ModelHandle))
+    return next(handles, None)

@@ -1,4 +1,4 @@
-"""What of a recipe's lenses and probes can be known to fail before any work.
+"""What of a recipe's lenses, probes and steering can be known to fail before any work.
 
 Where all that a step reads is there, its own estimate is asked, which looks at labels, conditions, hook points and
 prompts. Where the harvest is still to be made, hook points are compared with those it will store.
@@ -13,9 +13,9 @@ from mi_pipe.core.errors import HookPointError, near_names
 from mi_pipe.core.store import Store
 from mi_pipe.lenses.depths import depth_of
 from mi_pipe.opening import open_artifact
-from stages import lenses, probes
+from stages import lenses, probes, steer
 
-_STAGES = (lenses.STAGE, probes.STAGE)
+_STAGES = (lenses.STAGE, probes.STAGE, steer.STAGE)
 
 
 def check_readings(recipe: Recipe, intents: list[Intent], store: Store) -> None:

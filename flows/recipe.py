@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from flows.patch_checks import check_patched
 from flows.recipe_errors import explain, key_lines
+from flows.steering_checks import check_sources
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.models.device import DType
@@ -27,6 +28,7 @@ from stages.patch import PatchConfig
 from stages.probe_plan import ProbesConfig
 from stages.report import ReportConfig
 from stages.score_features import ScoreFeaturesConfig
+from stages.steer import SteeringConfig
 from stages.train_model import TrainModelConfig
 from stages.train_saes import TrainSAEsConfig
 
@@ -47,7 +49,7 @@ _NEEDS = {
 """What each section needs: one of these."""
 _PLAIN = ("name", "description", "store", "activations", "trained_saes")
 """Keys that are no sections."""
-_NEEDING_MODEL = ("prompts", "tasks", "harvest", "lenses")
+_NEEDING_MODEL = ("prompts", "tasks", "harvest", "lenses", "steering")
 """Sections that need a model; `heads`, `patch` and `circuits` need tasks, and the others only activations."""
 
 
@@ -105,6 +107,8 @@ class Recipe(Config):
     """Attribute a task's metric to nodes and paths."""
     circuits: CircuitsConfig | None = None
     """Find circuits."""
+    steering: SteeringConfig | None = None
+    """Add directions to activations: what that does to metrics and to the loss on text, and what is written then."""
     report: ReportConfig | None = None
     """Write the report."""
     claims: tuple[Claim, ...] = ()
@@ -197,8 +201,9 @@ def _check_sections(recipe: Recipe, place: str) -> None:
             )
     _check_lenses(recipe, place)
     check_patched(recipe, place)
+    check_sources(recipe, place)
     _check_model(recipe, place)
-    for section in ("patch", "attribution", "circuits"):
+    for section in ("patch", "attribution", "circuits", "steering"):
         chosen = getattr(getattr(recipe, section), "tasks", None) or []
         for task in chosen:
             if task not in recipe.tasks:

@@ -1,6 +1,7 @@
 """mi_pipe: overnight mechanistic interpretability as a pipeline of batch stages with stored data sets.
 
-`mi_pipe.open(id)` reads any stored result. Importing this package loads nothing heavy.
+`mi_pipe.open(id)` reads any stored result, `mi_pipe.steer` writes texts under a direction. Importing this package loads
+nothing heavy.
 """
 
 from importlib import metadata
@@ -8,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mi_pipe.opening import open_artifact as open  # noqa: A004 (the public name)
+    from mi_pipe.steering.steer import steer
 
-__all__ = ["__version__", "open"]
+__all__ = ["__version__", "open", "steer"]
 __version__ = metadata.version("mi-pipe")
 
 
@@ -18,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from mi_pipe.opening import open_artifact
 
         return open_artifact
+    if name == "steer":
+        from mi_pipe.steering.steer import steer
+
+        return steer
     raise AttributeError(f"module 'mi_pipe' has no attribute {name!r}")

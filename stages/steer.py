@@ -172,7 +172,7 @@ def _assemble(
         work.write_table(files.GENERATIONS_FILE, _generations(plan, inputs, work))
     effects = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     controls = [str(name) for name in table.loc[table["kind"] == "random", "direction"]]
-    return {"n_directions": len(plan.directions), **main_figures(effects, controls)}
+    return {**main_figures(effects, controls), "n_directions": len(plan.directions)}
 
 
 def _datasets(config: SteeringConfig, plan: Plan, inputs: Inputs, directions: list[str], work: Workspace):

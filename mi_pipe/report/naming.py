@@ -27,5 +27,5 @@ def sae_title(artifact: Artifact, sae: str, n_artifacts: int) -> str:
 
 _SECTIONS = (
     *("model", "prompts", "harvest", "saes", "features", "lenses", "probes"),
-    *("heads", "patch", "attribution", "circuits", "report"),
+    *("heads", "patch", "attribution", "circuits", "steering", "report"),
 )

@@ -28,6 +28,7 @@ STAGE_PAGES = {
     "patch": "patching",
     "attribute": "attribution",
     "circuits": "circuit",
+    "steer": "steering",
 }
 """Stages in the order of the pipeline, and the page that shows each."""
 

@@ -23,6 +23,7 @@ from mi_pipe.report import (
     probes,
     prompts,
     saes,
+    steering,
 )
 from mi_pipe.report.claims import Verdict
 from mi_pipe.report.page import Page, PagePlan
@@ -79,6 +80,7 @@ def page_plans(
         ("patching", "patching", "Patching", patching.page),
         ("attribution", "attribution", "Attribution", attribution.page),
         ("circuit", "circuit", "Circuits", circuit.page),
+        ("steering", "steering", "Steering", steering.page),
     ]
     first = partial(overview.page, ordered, verdicts, recipe)
     plans = [PagePlan("index", "Overview", first, volatile=True)]

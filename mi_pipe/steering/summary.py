@@ -51,20 +51,19 @@ def main_figures(effects: pd.DataFrame, controls: Sequence[str]) -> dict[str, Sc
     """Return the largest change of the first task's metric by a direction that is no control, and what it costs."""
     if effects.empty:
         return {}
-    figures: dict[str, Scalar] = {}
-    loss = effects.loc[effects["measure"] == "loss"].set_index(list(_ROW))
-    if len(loss):
-        figures["perplexity"] = float(np.exp(loss["mean"].to_numpy()[loss.index.get_level_values(1) == 0][0]))
+    loss = effects.loc[effects["measure"] == "loss"].set_index(list(_ROW))["mean"]
+    base = loss[loss.index.get_level_values(1) == 0]
+    perplexity: dict[str, Scalar] = {"perplexity": float(np.exp(base.iloc[0]))} if len(loss) else {}
     tasks = effects.loc[(effects["measure"] != "loss") & ~effects["direction"].isin(controls)]
     if tasks.empty:
-        return figures
+        return perplexity
     first = tasks.loc[tasks["measure"] == tasks["measure"].iloc[0]]
     strongest = first.loc[first["change"].abs().idxmax()]
-    figures |= {
-        "metric": float(first.loc[first["coefficient"] == 0, "mean"].iloc[0]),
+    figures: dict[str, Scalar] = {
         "strongest": f"{strongest['direction']} at {strongest['coefficient']:g}",
+        "metric": float(first.loc[first["coefficient"] == 0, "mean"].iloc[0]),
         "metric_there": float(strongest["mean"]),
     }
     if len(loss):
-        figures["perplexity_there"] = float(np.exp(loss.loc[tuple(strongest[list(_ROW)]), "mean"]))
-    return figures
+        perplexity |= {"perplexity_there": float(np.exp(loss.loc[tuple(strongest[list(_ROW)])]))}
+    return figures | perplexity

@@ -5,7 +5,7 @@ from tests.report.samples import D_SAE, HOSTILE, SAE, TOKENS
 pytestmark = pytest.mark.browser
 PAGES = [
     *("index", "model", "prompts", "activations", "saes", "features", "lenses", "probes", "heads", "attention"),
-    *("patching", "attribution", "circuit"),
+    *("patching", "attribution", "circuit", "steering"),
 ]
 INTERACTIVE = {"features": "is-ready", "attention": "is-ready"}
 

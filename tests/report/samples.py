@@ -28,11 +28,13 @@ from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.prompts.repeated import RepeatedConfig
 from mi_pipe.report.claims import Claim
 from mi_pipe.report.site import Report
+from mi_pipe.steering.steering import Steering
 from stages import generate_prompts, harvest, import_activations
 from stages.report import STAGE, Inputs, ReportConfig
 from tests.report.attribution_samples import write_attribution
 from tests.report.head_samples import write_evidence
 from tests.report.reading_samples import write_lenses, write_probes
+from tests.report.steering_samples import STEERING_CONFIG, write_steering
 from tests.stages.toys import toy_model
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken out'\">"
@@ -57,6 +59,7 @@ def sample_artifacts(store: Store) -> list[Artifact]:
         PatchEffects(publish(store, "patch", _effects, {}, f"patch.{HOSTILE}", **used).path),
         Attributions(publish(store, "attribute", _attribution, {}, f"attribution.{HOSTILE}", **used).path),
         CircuitSet(publish(store, "circuits", _circuit, {}, f"circuits.{HOSTILE}", **used).path),
+        Steering(publish(store, "steer", _steering, STEERING_CONFIG, "steering", **used).path),
     ]
 
 
@@ -260,6 +263,10 @@ def _lenses(work: Workspace) -> dict:
 
 def _probes(work: Workspace) -> dict:
     return write_probes(work, HOSTILE, N_PAIRS)
+
+
+def _steering(work: Workspace) -> None:
+    write_steering(work, HOSTILE, N_PAIRS)
 
 
 def _heads(work: Workspace) -> dict:

@@ -55,6 +55,7 @@ def test_pages_are_those_of_the_stages_that_are_there(artifacts):
         "patching",
         "attribution",
         "circuit",
+        "steering",
     ]
     assert slugs(list(reversed(artifacts))) == everything
 
