@@ -45,19 +45,25 @@ def cka(
 
     `cka` is the debiased estimate; `cka_biased` is Kornblith et al.'s, `chance` what the latter comes to on average if
     the rows of one side are permuted; with `n_groups` of at least 2, `standard_error` that of `cka` over groups of
-    prompts (as much work again). `hooks` are names or patterns (`blocks.*.hook_resid_post`), default all; `where` and
-    `with_massive` choose rows as in `compared_sides`. Raises ConfigError as that does, and for fewer than 4 rows.
+    prompts (as much work again). `effective_rows` and `other_effective_rows` say how many rows the products at a hook
+    point come down to, (Σ‖x‖²)² / Σ‖x‖⁴: where these are few, CKA tells little of the others. `hooks` are names or
+    patterns (`blocks.*.hook_resid_post`), default all; `where` and `with_massive` choose rows as in `compared_sides`.
+    Raises ConfigError as that does, and for fewer than 4 rows.
     """
     sides = compared_sides(store, other, hooks, other_hooks, where, with_massive)
     found = _sums(sides, memory_bytes)
-    block = np.ix_(*_places(sides))
+    first, second = _places(sides)
     figures = {"cka": found.debiased(), "cka_biased": found.biased(), "chance": found.chance()}
     if n_groups > 1:
         parts = [_sums((a, b), memory_bytes).debiased() for a, b in _groups(sides, n_groups, seed)]
         figures["standard_error"] = np.std(parts, axis=0, ddof=1) / np.sqrt(n_groups)
-    names = {"hook": sides[0].hooks, "other_hook": sides[1].hooks}
-    attributes = {"store": store.id, "other_store": sides[1].store.id, "n_rows": found.n_rows, "where": where or ""}
-    return xr.Dataset({name: (tuple(names), values[block]) for name, values in figures.items()}, names, attributes)
+    dims, rows = ("hook", "other_hook"), found.effective_rows()
+    return xr.Dataset(
+        {name: (dims, values[np.ix_(first, second)]) for name, values in figures.items()}
+        | {"effective_rows": ("hook", rows[first]), "other_effective_rows": ("other_hook", rows[second])},
+        {"hook": sides[0].hooks, "other_hook": sides[1].hooks},
+        {"store": store.id, "other_store": sides[1].store.id, "n_rows": found.n_rows, "where": where or ""},
+    )
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,11 @@ class ProductSums:
         """Return the mean of biased CKA over all permutations of the rows of one side."""
         return normalised(np.outer(self.squares, self.squares) / (self.n_rows - 1), self.cross)
 
+    def effective_rows(self) -> Float[np.ndarray, " site"]:
+        """Return (Σ‖x_i‖²)² / Σ‖x_i‖⁴: n if all rows are equally far from the mean, 1 if one row is all there is."""
+        fourth = np.diag(self.norms)
+        return self.squares**2 / np.where(fourth > 0, fourth, np.nan)
+
 
 def normalised(
     values: Float[np.ndarray, "site site"], scale: Float[np.ndarray, "site site"]

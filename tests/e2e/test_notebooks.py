@@ -43,6 +43,17 @@ def test_activations_in_pandas_runs_on_a_store_of_its_own_and_on_one_that_is_the
     assert Store(store.root).published_ids() == made, "a store with a harvest is read, not added to"
 
 
+@pytest.mark.usefixtures("quiet_kernels")
+def test_seed_questions_are_answered_on_toys_made_in_place(store):
+    outputs = execute(FOLDER / "seed_questions.ipynb")
+    kinds = [name.rpartition("-")[0] for name in store.published_ids()]
+    assert sorted(kinds) == ["generate_prompts"] * 2 + ["harvest"] * 2 + ["train_model"] * 2
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    shown = [output["data"]["text/plain"] for output in outputs if "data" in output]
+    assert any(text.startswith("'CKA 0.") for text in shown)
+    assert any(text.endswith("True)") for text in shown), "the store and the model that runs find the same head"
+
+
 def test_they_are_committed_without_outputs_or_paths():
     assert NOTEBOOKS
     for path in NOTEBOOKS:

@@ -49,6 +49,9 @@ def test_both_estimators_are_those_of_gram_matrices(related, memory_bytes):
             assert found["cka"].values[i, j] == pytest.approx(debiased_by_gram(x, y), abs=2e-6)
     assert found["cka"].sel(hook="maps.0", other_hook="maps.1") > 0.2
     np.testing.assert_allclose(np.diag(found["cka"]), 1)
+    squares = np.square(values[1] - values[1].mean(0)).sum(1)
+    assert found["effective_rows"].sel(hook="maps.1").item() == pytest.approx(squares.sum() ** 2 / (squares**2).sum())
+    assert found["other_effective_rows"].dims == ("other_hook",)
 
 
 def test_chance_is_the_mean_over_permutations(related):
