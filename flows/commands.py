@@ -1,6 +1,5 @@
 """What the commands of flows.cli do; imported when a command runs."""
 
-import contextlib
 import json
 import logging
 import os
@@ -8,7 +7,6 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 from flows.quiet import quiet
@@ -19,11 +17,10 @@ import yaml  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from flows.diagram import Step  # noqa: E402
+from flows.call import run_directly  # noqa: E402
 from flows.forecast import measured_speed  # noqa: E402
 from flows.given import as_row as given_row  # noqa: E402
 from flows.planning import as_row  # noqa: E402
-from flows.pools import DaskPool, cluster  # noqa: E402
 from flows.preflight import prepare  # noqa: E402
 from flows.recipe import load_recipe  # noqa: E402
 from flows.runner import StepReport, run_diagram, run_step  # noqa: E402
@@ -63,7 +60,7 @@ def run_command(
     Screen().given(ready.given)
     try:
         if no_prefect:
-            reports = _run_directly(ready.steps, where, wait, workers, dask)
+            reports = run_directly(ready, wait, workers, dask)
         else:
             from flows.pipeline import run_in_flow
 
@@ -72,20 +69,6 @@ def run_command(
         _out.print(f"\nInterrupted. Finished steps and units are safe in {where.root}; this continues:\n  {again}")
         return INTERRUPTED
     return _summarise(reports, again)
-
-
-def _run_directly(steps: list[Step], store: Store, wait: bool, workers: int, dask: str | None) -> list[StepReport]:
-    with cluster(workers, dask) as address, Screen() as screen, _pool(address) as pool:
-
-        def run_one(step: Step) -> StepReport:
-            screen.begin(step.label)
-            return run_step(step, store, Progress(screen.tick), wait, pool)
-
-        return run_diagram(steps, run_one, screen.report)
-
-
-def _pool(address: str | None) -> AbstractContextManager[DaskPool | None]:
-    return contextlib.closing(DaskPool(address)) if address else contextlib.nullcontext()
 
 
 def plan_command(recipe: str, overrides: list[str], store: str | None, as_json: bool, probe: bool) -> None:

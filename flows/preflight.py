@@ -1,5 +1,6 @@
 """What is done before any work begins: recipe read, steps wired, store looked at, hook points checked."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class Prepared:
     """What each harvest that is not done will take."""
 
 
-def prepare(recipe: str, overrides: list[str], store: str | None) -> Prepared:
+def prepare(recipe: str | Mapping[str, Any], overrides: Sequence[str], store: str | None) -> Prepared:
     """Read and check everything that can be known early.
 
     Raises ConfigError, ModelError, HookPointError, DiskSpaceError or ArtifactDamagedError, each before any work.

@@ -4,7 +4,8 @@ A section that is there is a stage that runs (with defaults where it is empty); 
 null by an override, is skipped. Mistakes are answered with the line and the nearest name.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,12 +133,28 @@ def recipe_path(name: str) -> Path:
     raise ConfigError(f"There is no recipe {name!r}.{near_names(name, known)} Recipes that ship: {', '.join(known)}.")
 
 
-def load_recipe(name: str = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe file and apply `key.path=value` overrides (values are YAML).
+def load_recipe(recipe: str | Mapping[str, Any] = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe, a file or its sections as a mapping, and apply `key.path=value` overrides (values are YAML).
 
     Raises ConfigError with file, line and near names for anything that is not right.
     """
-    path = recipe_path(name)
+    if isinstance(recipe, str):
+        content, lines, place = _read(recipe_path(recipe))
+    else:
+        content, lines, place = {"name": "recipe", **copy.deepcopy(dict(recipe))}, {}, "the recipe"
+    content = {key: _as_section(key, value) for key, value in content.items()}
+    for override in overrides:
+        _apply(content, override, lines)
+    try:
+        found = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Recipe, lines, place)) from error
+    _check_sections(found, place)
+    return found
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str], str]:
+    """Return a file's sections, where each key stands, and the file's name."""
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) or {}
@@ -149,16 +166,8 @@ def load_recipe(name: str = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Re
         raise ConfigError(f"{path}{place} is not YAML: {getattr(error, 'problem', error)}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold sections such as `model:` and `harvest:`, got {type(content).__name__}.")
-    content = {"name": path.stem, **{key: _as_section(key, value) for key, value in content.items()}}
     lines = {key: f"{path}, line {line}" for key, line in key_lines(text).items()}
-    for override in overrides:
-        _apply(content, override, lines)
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(explain(error, Recipe, lines, str(path))) from error
-    _check_sections(recipe, str(path))
-    return recipe
+    return {"name": path.stem, **content}, lines, str(path)
 
 
 def _as_section(key: Any, value: Any) -> Any:
