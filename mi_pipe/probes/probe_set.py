@@ -1,6 +1,6 @@
 """The artifact of the stage `probes`: figures, weights, predictions and causal checks of every probe."""
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import pandas as pd
@@ -151,12 +151,18 @@ class ProbeSet(Artifact):
 
 def _changes(rows: pd.DataFrame) -> dict[str, float]:
     found: dict[str, float] = {}
-    weights = draw_weights(len(rows)) / len(rows)
+    weights = _shares(len(rows))
     for name in ("reading", "metric"):
         change = rows[name].to_numpy(float) - rows[f"{name}_alone"].to_numpy(float)
         found[name] = float(change.mean())
         found[f"{name}_low"], found[f"{name}_high"] = interval(weights @ change)
     return found
+
+
+@lru_cache(maxsize=2)
+def _shares(n_prompts: int) -> Float[np.ndarray, "draw prompt"]:
+    """Return the share of each prompt in each draw; all runs of a check are of the same prompts."""
+    return draw_weights(n_prompts) / n_prompts
 
 
 def _layer(hook: str) -> int:

@@ -33,6 +33,8 @@ _MAPS = {
     "log_prob": ("Log-probability of the answer, by depth and position", "log-probability in nats"),
 }
 _QUARTILES = (25, 75)
+_COLOURED = (5, 95)
+"""Percentiles at which the colours of a map end."""
 _MAX_CURVES = 8
 
 
@@ -166,7 +168,8 @@ def _maps(data: xr.Dataset, name: str, labels: list[str], stem: str) -> list[Fig
     title, unit = _MAPS[name]
     values = data[name].sel(choice="answer") if name == "log_prob" else data[name]
     means = values.mean("prompt").transpose("lens", "depth", "pos").to_numpy()
-    low, high = float(np.nanmin(means)), float(np.nanmax(means))
+    # The embedding's figures are mostly far from all others and would take the colours for themselves.
+    low, high = np.nanpercentile(means, _COLOURED).tolist()
     return [
         heatmap(
             f"{slug(name).replace('_', '-')}-map-{lens}-{stem}",
@@ -175,6 +178,7 @@ def _maps(data: xr.Dataset, name: str, labels: list[str], stem: str) -> list[Fig
             f"{np.nanmax(grid):.3g}.",
             grid, [str(depth) for depth in range(len(grid))], labels, row_title="depth", column_title="token",
             value_title=f"{unit}, {_TITLES[lens]}", low=low, high=high,
+            caption="Colours end at the 5th and 95th percentile.",
         )
         for lens, grid in zip(data["lens"].values.tolist(), means, strict=True)
     ]  # fmt: skip

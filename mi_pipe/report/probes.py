@@ -19,7 +19,7 @@ _MAX_POSITIONS = 4
 _MAPS = ("test", "control", "selectivity")
 _BEST = [
     "position", "kind", "hook", "l2", "test", "low", "high", "auc", "control", "selectivity", "selectivity_low",
-    "selectivity_high", "n_classes", "n_training", "n_test", "n_types",
+    "selectivity_high", "types_seen", "n_classes", "n_training", "n_test",
 ]  # fmt: skip
 
 
