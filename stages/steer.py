@@ -5,33 +5,26 @@ direction. What they give waits in scratch until the last is there.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from mi_pipe.core import atomic
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
-from mi_pipe.models.hook_points import layer_of
 from mi_pipe.models.model import Model
-from mi_pipe.models.source import load_source, source_hooks, source_vocabulary
+from mi_pipe.models.source import load_source, source_hooks
 from mi_pipe.patching.chunks import Chunk
 from mi_pipe.patching.metrics import find_metric
-from mi_pipe.steering import steering as files
 from mi_pipe.steering.config import SteeringConfig
 from mi_pipe.steering.contrast import from_contrast
 from mi_pipe.steering.direction import Direction, random_like
 from mi_pipe.steering.measuring import metric_values, text_losses
 from mi_pipe.steering.scales import norm_scaled, reach_scaled
-from mi_pipe.steering.steering import effects_dataset
-from mi_pipe.steering.summary import effect_table, main_figures
 from mi_pipe.steering.texts import Writing, steered_texts
+from stages.steer_files import save_values, write_files
 from stages.steer_plan import DIRECTIONS, Contrast, Inputs, Plan, TextChunk, make_plan, task_key, text_key
 
 __all__ = ["STAGE", "Inputs", "SteeringConfig"]
@@ -39,7 +32,6 @@ __all__ = ["STAGE", "Inputs", "SteeringConfig"]
 _FLOAT_BYTES = 4
 _ROW_BYTES = 64
 _TABLE_BYTES = 200_000
-_NO_LAYER = -1
 
 
 def estimate(config: SteeringConfig, inputs: Inputs) -> Estimate:
@@ -65,7 +57,7 @@ def run(config: SteeringConfig, inputs: Inputs, work: Workspace) -> dict[str, Sc
     model = None if is_done else load_source(inputs.model, config.device)
     if model is not None:
         _find_directions(config, plan, inputs, model, work)
-    real = _stored_directions(work)
+    real = _stored_directions(plan, work)
     every = real | {
         f"{name}~random{k}": random_like(direction, config.seed + k)
         for name, direction in real.items()
@@ -79,7 +71,7 @@ def run(config: SteeringConfig, inputs: Inputs, work: Workspace) -> dict[str, Sc
             _measure_loss(config, every, model, inputs, chunk, work)
         for writer in plan.writers:
             _write_texts(config, plan, real.get(writer), writer, model, work)
-    return _assemble(config, plan, inputs, every, work)
+    return write_files(config, plan, inputs, every, work)
 
 
 def _find_directions(config: SteeringConfig, plan: Plan, inputs: Inputs, model: Model, work: Workspace) -> None:
@@ -107,10 +99,10 @@ def _find_directions(config: SteeringConfig, plan: Plan, inputs: Inputs, model: 
     _done(work, DIRECTIONS, f"{len(found)} directions")
 
 
-def _stored_directions(work: Workspace) -> dict[str, Direction]:
+def _stored_directions(plan: Plan, work: Workspace) -> dict[str, Direction]:
     facts = json.loads((work.scratch / f"{DIRECTIONS}.json").read_text(encoding="utf-8"))
     units = load_file(work.scratch / f"{DIRECTIONS}.safetensors")
-    return {name: Direction(unit=units[name], **fields) for name, fields in facts.items()}
+    return {name: Direction(unit=units[name], **facts[name]) for name in plan.directions}
 
 
 def _measure_metric(
@@ -122,7 +114,7 @@ def _measure_metric(
     metric, is_end = find_metric(config.metric), config.positions == "end"
     steered = list(directions.values())
     values = metric_values(model, steered, config.coefficients, chunk.group, metric, is_end, config.batch_tokens)
-    _save(work, key, values)
+    save_values(work, key, values)
     _done(work, key, f"{task}, prompts of {chunk.group.n_pos} tokens")
 
 
@@ -136,7 +128,7 @@ def _measure_loss(
     tokens = np.stack([inputs.prompts.prompt(int(i)) for i in chunk.prompts]).astype(np.int64)
     steered = list(directions.values())
     values = text_losses(model, steered, config.coefficients, torch.from_numpy(tokens), config.batch_tokens)
-    _save(work, chunk.key, values)
+    save_values(work, chunk.key, values)
     _done(work, chunk.key, f"loss on prompts of {tokens.shape[1]} tokens")
 
 
@@ -157,89 +149,9 @@ def _write_texts(
     _done(work, key, f"texts under {name}" if name else "texts of the model as it is")
 
 
-def _assemble(
-    config: SteeringConfig, plan: Plan, inputs: Inputs, directions: dict[str, Direction], work: Workspace
-) -> dict[str, Scalar]:
-    table = _direction_table(directions)
-    work.write_table(files.DIRECTIONS_FILE, table)
-    work.write_tensors(files.UNITS_FILE, {name: direction.unit for name, direction in directions.items()})
-    tables = []
-    for name, dataset in _datasets(config, plan, inputs, list(directions), work):
-        folder = files.LOSS_FOLDER if name == files.LOSS else f"{files.TASKS_FOLDER}/{name}.zarr"
-        dataset.to_zarr(work.path(folder), mode="w", zarr_format=3, consolidated=False)
-        tables.append(effect_table(dataset.assign_coords(direction=list(directions)), name))
-    if plan.writers:
-        work.write_table(files.GENERATIONS_FILE, _generations(plan, inputs, work))
-    effects = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    controls = [str(name) for name in table.loc[table["kind"] == "random", "direction"]]
-    return {**main_figures(effects, controls), "n_directions": len(plan.directions)}
-
-
-def _datasets(config: SteeringConfig, plan: Plan, inputs: Inputs, directions: list[str], work: Workspace):
-    """Yield the arrays of each measure with its name."""
-    how = {"positions": config.positions, "model": inputs.model.id, "dtype": getattr(inputs.model, "dtype", "float32")}
-    axes = ("direction", "coefficient")
-    for (name, chunks), task in zip(plan.tasks.items(), inputs.tasks, strict=True):
-        values = np.concatenate([_load(work, task_key(name, chunk)) for chunk in chunks], axis=-1)
-        pairs = np.concatenate([chunk.group.pairs for chunk in chunks]).astype(np.int32)
-        facts = how | {"metric": config.metric, "task": task.id, "run": "clean"}
-        yield (
-            name,
-            effects_dataset({"metric": ((*axes, "pair"), values)}, directions, config.coefficients, facts, pair=pairs),
-        )
-    if plan.text and inputs.prompts is not None:
-        values = np.concatenate([_load(work, chunk.key) for chunk in plan.text], axis=-1)
-        prompts = np.concatenate([chunk.prompts for chunk in plan.text])
-        n_tokens = (np.diff(inputs.prompts.offsets)[prompts] - 1).astype(np.int32)
-        variables = {"loss": ((*axes, "prompt"), values), "n_tokens": (("prompt",), n_tokens)}
-        facts = how | {"positions": "all", "prompts": inputs.prompts.id, "unit": "nats a token"}
-        yield (
-            files.LOSS,
-            effects_dataset(variables, directions, config.coefficients, facts, prompt=prompts.astype(np.int32)),
-        )
-
-
-def _direction_table(directions: dict[str, Direction]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "direction": name,
-            "kind": direction.kind,
-            "hook": direction.hook,
-            "layer": np.int32(_NO_LAYER if (layer := layer_of(direction.hook)) is None else layer),
-            "scale": direction.scale,
-            "source": direction.source,
-            "control_of": name.partition("~")[0] if direction.kind == "random" else "",
-        }
-        for name, direction in directions.items()
-    )
-
-
-def _generations(plan: Plan, inputs: Inputs, work: Workspace) -> pd.DataFrame:
-    frame = pd.concat(
-        [pd.read_parquet(work.scratch / f"{text_key(writer)}.parquet") for writer in plan.writers], ignore_index=True
-    )
-    vocabulary = source_vocabulary(inputs.model)
-    shown = [vocabulary.decode([int(token) for token in prompt]) for prompt in plan.beginnings]
-    frame.insert(4, "prompt_text", [shown[int(i)] for i in frame["prompt"]])
-    return frame
-
-
 def _done(work: Workspace, key: str, note: str) -> None:
     work.ledger.mark(key)
     work.progress.update(work.ledger.n_done, work.ledger.n_total or 0, "batches", note)
-
-
-def _save(work: Workspace, key: str, values: np.ndarray) -> None:
-    with atomic.atomic_path(_file(work, key)) as temp:
-        save_arrays({"values": np.ascontiguousarray(values)}, temp)
-
-
-def _load(work: Workspace, key: str) -> np.ndarray:
-    return load_arrays(_file(work, key))["values"]
-
-
-def _file(work: Workspace, key: str) -> Path:
-    return work.scratch / f"{key}.safetensors"
 
 
 STAGE = Stage(name="steer", version=1, config=SteeringConfig, inputs=Inputs, run=run, estimate=estimate)

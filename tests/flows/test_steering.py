@@ -41,7 +41,11 @@ def test_directions_of_every_source_are_run_cached_and_reported(command, tmp_pat
     np.testing.assert_allclose(found.direction("probe").unit, unit, atol=1e-6)
     row = mi_pipe.open(steps["saes"])[SAE].W_dec[3]
     np.testing.assert_allclose(found.direction("feature").unit, row / row.norm(), atol=1e-6)
-    assert list(found.directions()["kind"]) == ["contrast", "probe", "feature", *["random"] * 3]
+    kinds = found.directions().set_index("direction")["kind"].to_dict()
+    assert kinds == {
+        **{name: name for name in STEERING["directions"]},
+        **{f"{name}~random0": "random" for name in STEERING["directions"]},
+    }
     code, out, _ = command("run", recipe, "--no-prefect")
     assert {line.split()[2] for line in out.splitlines() if line[0] in "=+"} == {"Cached"}
     assert steps["steering"] in mi_pipe.open(steps["report"]).file("steering.html").read_text()
