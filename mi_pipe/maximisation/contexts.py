@@ -9,12 +9,14 @@ from mi_pipe.prompts.prompt_set import PromptSet
 
 
 def marked(texts: Sequence[str], here: int, before: int, after: int) -> str:
-    """Return up to `before` tokens before one and `after` after it, newlines as ↵.
+    r"""Return up to `before` tokens before one and `after` after it, newlines as ↵.
 
     >>> marked(["When", " Mary", " and", " John"], 1, 5, 1)
     'When« Mary» and'
+    >>> marked(["def", "\n", "x"], 2, 5, 5)
+    'def↵«x»'
     """
-    shown = [text.replace("\\n", "↵") for text in texts]
+    shown = [text.replace("\n", "↵") for text in texts]
     start = max(0, here - before)
     return f"{''.join(shown[start:here])}«{shown[here]}»{''.join(shown[here + 1 : here + 1 + after])}"
 
