@@ -1,10 +1,11 @@
-"""The heads of a class exchanged together, so that none can stand in for another; beside random heads of their layers.
+"""The heads of a class exchanged together, so that none can stand in for another; beside random heads of no class.
 
-At the place where a class acts (`end`, S2, or everywhere) z of all its heads becomes what it is on the corrupted
-prompts. One head exchanged alone may seem idle because later heads make up for it; the class together shows it.
+At the place where a class acts (`end` or S2) z of all its heads becomes what it is on the corrupted prompts, and so
+with as many heads of no class from the same layers. One head exchanged alone may seem idle because later heads make up
+for it; the class together shows it, and so does a head exchanged with those that make up for it held.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,58 +33,83 @@ _PLACES = {
 
 
 def together(runs: Runs) -> str:
-    """Return a table of the fall of the logit difference, class by class."""
+    """Return a table of the fall of the logit difference by class, and one of name movers with what follows held."""
     scores, model = runs.heads(), load_source(runs.model, runs.device)
     groups = [Exchange(model, group) for group in choose_pairs(runs.ioi.pair_groups(), runs.sizes.n_pairs)]
+    classes = {name: members(scores, name) for name in scores.criteria}
+    classed = [head for heads in classes.values() for head in heads]
     lines = ["| class | heads | exchanged at | fall together | as many random heads |", "|---|---|---|---|---|"]
     for name, place in _PLACES.items():
-        heads = members(scores, name)
-        if not heads:
+        if not (heads := classes[name]):
             continue
-        fall = Measure.of_pairs("", falls(groups, heads, place)[:, None, None])
-        draws = [falls(groups, drawn, place).mean() for drawn in _random(heads, runs.info.n_heads)]
-        named = ", ".join(f"{layer}.{head}" for layer, head in heads)
-        lines.append(f"| {name} | {named} | {place} | {fall.shown(0)} | {min(draws):.2f} to {max(draws):.2f} |")
-    return "\n".join(lines)
+        fall = _mean(falls(groups, heads, place))
+        draws = [falls(groups, drawn, place).mean() for drawn in _random(heads, classed, runs.info.n_heads)]
+        lines.append(f"| {name} | {_named(heads)} | {place} | {fall} | {min(draws):.2f} to {max(draws):.2f} |")
+    return "\n".join([*lines, "", *_repaired(groups, classes["name_mover"], classes["negative_name_mover"])])
 
 
-def falls(groups: Sequence["Exchange"], heads: Sequence[Head], place: str) -> np.ndarray:
+def falls(groups: Sequence["Exchange"], heads: Sequence[Head], place: str, held: Sequence[Head] = ()) -> np.ndarray:
     """Return by how much each pair's logit difference falls with the heads exchanged at a place."""
-    return np.concatenate([group.fall(heads, place) for group in groups])
+    return np.concatenate([group.fall(heads, place, held) for group in groups])
+
+
+def _repaired(groups: Sequence["Exchange"], movers: Sequence[Head], negative: Sequence[Head]) -> list[str]:
+    """Return the lines of the second table; none without negative name movers in later layers."""
+    if not movers or not negative:
+        return []
+    lines = [f"| name movers exchanged at end | fall | fall, {_named(negative)} held |", "|---|---|---|"]
+    for heads in (*([head] for head in movers), movers):
+        cells = [_mean(falls(groups, heads, "end", held)) for held in ((), negative)]
+        lines.append(f"| {_named(heads)} | {cells[0]} | {cells[1]} |")
+    return lines
+
+
+def _mean(values: np.ndarray) -> str:
+    return Measure.of_pairs("", values[:, None, None]).shown(0)
+
+
+def _named(heads: Sequence[Head]) -> str:
+    return ", ".join(f"{layer}.{head}" for layer, head in heads)
 
 
 class Exchange:
-    """Pairs of one length: z of every head on their corrupted prompts, and the clean logit difference."""
+    """Pairs of one length: z of every head on both prompts, and the clean logit difference."""
 
     def __init__(self, model: Model, group: PairGroup) -> None:
         """Run both prompts once."""
         self.model, self.group = model, group
-        self.donors: list[Tensor] = []
-        names = [_z(layer) for layer in range(model.info.n_layers)]
-        self._logit_diff(group.corrupted, dict.fromkeys(names, self._keep))
-        self.clean = self._logit_diff(group.clean, {})
+        self.corrupted_z, _ = self._run(group.corrupted)
+        self.clean_z, self.clean = self._run(group.clean)
 
-    def fall(self, heads: Sequence[Head], place: str) -> np.ndarray:
-        """Return the fall of each pair's logit difference."""
+    def fall(self, heads: Sequence[Head], place: str, held: Sequence[Head] = ()) -> np.ndarray:
+        """Return the fall of each pair's logit difference; heads that are `held` keep their clean z at the place."""
         mask = torch.from_numpy(places_mask(self.group, [place]))
-        by_layer: dict[int, list[int]] = {}
-        for layer, head in heads:
-            by_layer.setdefault(layer, []).append(head)
-        edits = {_z(layer): self._edit(layer, chosen, mask) for layer, chosen in by_layer.items()}
+        sources = [(head, self.corrupted_z) for head in heads] + [(head, self.clean_z) for head in held]
+        by_layer: dict[int, list[tuple[int, Tensor]]] = {}
+        for (layer, head), z in sources:
+            by_layer.setdefault(layer, []).append((head, z[layer]))
+        edits = {_z(layer): self._edit(given, mask) for layer, given in by_layer.items()}
         return (self.clean - self._logit_diff(self.group.clean, edits)).double().cpu().numpy()
 
-    def _keep(self, value: Tensor) -> None:
-        self.donors.append(value.clone())
-
-    def _edit(self, layer: int, heads: list[int], mask: Tensor) -> Edit:
+    def _edit(self, given: list[tuple[int, Tensor]], mask: Tensor) -> Edit:
         def edit(value: Tensor) -> Tensor:
             changed = value.clone()
             shape = (*value.shape[:2], self.model.info.n_heads, -1)
-            for head in heads:
-                changed.view(shape)[:, :, head][mask] = self.donors[layer].view(shape)[:, :, head][mask]
+            for head, z in given:
+                changed.view(shape)[:, :, head][mask] = z.view(shape)[:, :, head][mask]
             return changed
 
         return edit
+
+    def _run(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return z of every layer, and the logit differences."""
+        seen: list[Tensor] = []
+
+        def keep(value: Tensor) -> None:
+            seen.append(value.clone())
+
+        names = [_z(layer) for layer in range(self.model.info.n_layers)]
+        return seen, self._logit_diff(tokens, dict.fromkeys(names, keep))
 
     @torch.no_grad()
     def _logit_diff(self, tokens: Tensor, edits: Mapping[str, Edit]) -> Tensor:
@@ -97,16 +123,16 @@ def _z(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_z"
 
 
-def _random(heads: Sequence[Head], n_heads: int) -> list[list[Head]]:
-    """Return draws of as many other heads from each of the layers."""
+def _random(heads: Sequence[Head], classed: Collection[Head], n_heads: int) -> list[list[Head]]:
+    """Return draws of as many heads of no class from each of the layers."""
     random = np.random.default_rng(0)
     draws: list[list[Head]] = []
     for _ in range(_DRAWS):
         drawn: list[Head] = []
         for layer in sorted({layer for layer, _ in heads}):
-            own = [head for a, head in heads if a == layer]
-            others = [head for head in range(n_heads) if head not in own]
-            chosen = random.choice(others, min(len(own), len(others)), replace=False)
+            n_own = sum(a == layer for a, _ in heads)
+            others = [head for head in range(n_heads) if (layer, head) not in classed]
+            chosen = random.choice(others, min(n_own, len(others)), replace=False)
             drawn += [(layer, int(head)) for head in chosen]
         draws.append(drawn)
     return draws

@@ -51,6 +51,9 @@ def test_heads_exchanged_together_equal_the_bridges_hooks():
     expected = (lost[rows, PAIRS.answer] - lost[rows, PAIRS.wrong]).detach().numpy()
     np.testing.assert_allclose(exchange.fall([(0, 1), (1, 1)], "end"), expected, atol=1e-5)
     assert np.abs(expected).max() > 1e-3
+    held = exchange.fall([(0, 1)], "end", held=[(1, head) for head in range(4)])
+    assert np.abs(held - exchange.fall([(0, 1)], "end")).max() > 1e-6, "the second layer may not answer"
+    np.testing.assert_allclose(exchange.fall([], "end", held=[(0, 2), (1, 3)]), 0, atol=1e-7)
 
 
 def test_a_receivers_diagonal_falls_by_what_an_earlier_heads_mean_does_to_it():
