@@ -32,7 +32,7 @@ _N_CHOSEN = 12
 
 
 def compared(runs: Runs) -> Iterator[Comparison]:
-    """Yield the comparisons, cheapest first; each is measured when it is asked for."""
+    """Yield the comparisons; each is measured when it is asked for."""
     scores = runs.heads()
     at_end = _fall_at(runs.at_place("end"), "end")
     yield _name_movers(runs, scores, at_end)
