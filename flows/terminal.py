@@ -81,7 +81,7 @@ class Screen:
         """Print how a step ended, with its main figures."""
         self._bar.update(self._task, visible=False)
         mark = _MARKS.get(report.outcome, "[yellow]-[/]")
-        self.out.print(f"{mark} {report.step.label:<18} {report.outcome:<9} {report.seconds:>7.1f} s  {_tail(report)}")
+        self.out.print(f"{mark} {report.step.label:<22} {report.outcome:<9} {report.seconds:>7.1f} s  {_tail(report)}")
         if report.result is not None and report.outcome != "Cached" and report.step.stage is train_saes.STAGE:
             for line in sae_lines(SAESet(report.result.artifact.path)):
                 self.out.print(f"    {line}", markup=False)
@@ -90,7 +90,7 @@ class Screen:
         """Print what steps read that is there already."""
         for row in map(given_row, given):
             text = escape(f"{row['id']}  {row['reason']}")
-            self.out.print(f"{_MARKS['Cached']} {row['step']:<18} Given                [dim]{text}[/]")
+            self.out.print(f"{_MARKS['Cached']} {row['step']:<22} Given                [dim]{text}[/]")
 
     def plan(self, intents: list[Intent], given: Iterable[Given] = ()) -> None:
         """Print what is given, and what each step would do and why."""
