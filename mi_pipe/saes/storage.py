@@ -72,9 +72,16 @@ def read_sae(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
         name=config["name"],
         W_skip=tensors.get("W_skip"),
         subtract_b_dec=config["subtract_b_dec"],
-        sites=Sites(**{key: tuple(value) for key, value in config["sites"].items()}),
-        model=config["model"],
+        sites=_sites(config),
+        model=config.get("model", ""),
     ).eval()
+
+
+def _sites(config: dict[str, Any]) -> Sites:
+    """Return where an SAE reads and writes; version 1 of the stage had SAEs of one hook point only and did not say."""
+    if "sites" not in config:
+        return Sites.of_sae(config["hook"], config["d_in"])
+    return Sites(**{key: tuple(value) for key, value in config["sites"].items()})
 
 
 @torch.no_grad()
