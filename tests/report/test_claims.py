@@ -82,9 +82,9 @@ def test_a_metric_that_is_not_there_fails_with_a_reason(artifacts, metric, words
 
 
 def test_a_claim_about_an_absent_stage_does_not_hold(artifacts):
-    verdict = judge(claim(stage="steer"), artifacts)
+    verdict = judge(claim(stage="harvest"), artifacts)
     assert not verdict.holds
-    assert "no artifact of steer" in verdict.reason
+    assert "no artifact of harvest" in verdict.reason
 
 
 def test_two_artifacts_of_a_stage_need_a_label(artifacts):
