@@ -18,6 +18,7 @@ from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from flows.call import run_directly  # noqa: E402
+from flows.diagram import Step  # noqa: E402
 from flows.forecast import measured_speed  # noqa: E402
 from flows.given import as_row as given_row  # noqa: E402
 from flows.planning import as_row  # noqa: E402

@@ -25,7 +25,7 @@ def report(tmp_path_factory):
 
 def test_every_page_figure_and_claim_is_counted(report):
     assert isinstance(open_artifact(report.path), Report)
-    assert len(report.pages) == report.summary["n_pages"] == 13
+    assert len(report.pages) == report.summary["n_pages"] == 14
     assert report.pages[0] == "index.html"
     assert report.index.exists()
     listed = [figure for page in report.read_json("report.json")["pages"] for figure in page["figures"]]
@@ -129,7 +129,7 @@ def test_a_report_of_nothing_has_its_first_page(store):
 
 def test_the_estimate_covers_what_is_written(report):
     found = STAGE.estimate(sample_config(), Inputs(sources(report)))
-    assert found.n_units == 13
+    assert found.n_units == 14
     assert found.size_bytes > report.size_bytes
 
 
