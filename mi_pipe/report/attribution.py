@@ -27,13 +27,7 @@ _VERIFIED = ["node", "rank", "mean", "exact_mean", "mean_abs", "exact_mean_abs",
 
 def page(artifacts: Sequence[Attributions]) -> Page:
     """Make the page of one or more attributed tasks."""
-    sections, figures, tables = [], [], {}
-    for artifact in artifacts:
-        section, drawn, own = _section(artifact)
-        sections.append(section)
-        figures += drawn
-        tables |= own
-    return Page(context={"sections": sections}, figures=figures, tables=tables)
+    return Page.of_sections(map(_section, artifacts))
 
 
 def _section(found: Attributions) -> tuple[dict[str, Any], list[Figure], dict[str, pd.DataFrame]]:

@@ -21,6 +21,16 @@ class Page:
     scripts: Iterable[tuple[str, Any]] = ()
     """(key, payload) of data files that the page loads when it needs them; made one by one."""
 
+    @classmethod
+    def of_sections(cls, made: Iterable[tuple[dict[str, Any], list[Figure], dict[str, pd.DataFrame]]]) -> "Page":
+        """Make a page of sections, one an artifact: each its context, its figures and its tables."""
+        sections, figures, tables = [], [], {}
+        for section, drawn, own in made:
+            sections.append(section)
+            figures += drawn
+            tables |= own
+        return cls(context={"sections": sections}, figures=figures, tables=tables)
+
 
 @dataclass(frozen=True)
 class PagePlan:

@@ -22,13 +22,7 @@ _MOST = 700.0
 
 def page(artifacts: Sequence[Steering]) -> Page:
     """Make the page of one or more runs of steering."""
-    sections, figures, tables = [], [], {}
-    for artifact in artifacts:
-        section, drawn, own = _section(artifact)
-        sections.append(section)
-        figures += drawn
-        tables |= own
-    return Page(context={"sections": sections}, figures=figures, tables=tables)
+    return Page.of_sections(map(_section, artifacts))
 
 
 def _section(found: Steering) -> tuple[dict[str, Any], list[Figure], dict[str, pd.DataFrame]]:
