@@ -15,9 +15,10 @@ _DEFAULT_RECIPE = "tiny"
 _INTERRUPTED_TEXT = "Interrupted. What is finished stays in the store; the same command goes on from there."
 
 
-def _example(text: str) -> Callable[[Any], Any]:
-    """Add an example to a command's help."""
-    return lambda function: _with_doc(function, f"{function.__doc__}\n\n    \b\n    Example:\n      {text}\n")
+def _example(*lines: str) -> Callable[[Any], Any]:
+    """Add an example to a command's help, its lines kept as they are."""
+    text = "".join(f"      {line}\n" for line in lines)
+    return lambda function: _with_doc(function, f"{function.__doc__}\n\n    \b\n    Example:\n{text}")
 
 
 def _with_doc(function: Any, doc: str) -> Any:
@@ -34,15 +35,13 @@ _store = click.option("--store", metavar="FOLDER", help="Folder of results (defa
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mi-pipe", message="mi-pipe %(version)s")
+@_example(
+    "mi-pipe run                      the default recipe: a toy, in minutes",
+    "mi-pipe plan smollm2             what would run, and why",
+    "mi-pipe run smollm2 saes.k=64    a real model, one key changed",
+)
 def cli() -> None:
-    r"""Overnight mechanistic interpretability: cached, restartable stages over stored data sets.
-
-    \b
-    Example:
-      mi-pipe run                      the default recipe: a toy, in minutes
-      mi-pipe plan smollm2             what would run, and why
-      mi-pipe run smollm2 saes.k=64    a real model, one key changed
-    """
+    """Overnight mechanistic interpretability: cached, restartable stages over stored data sets."""
 
 
 @cli.command()
@@ -240,13 +239,9 @@ def import_saes(
 
 
 @cli.group()
+@_example("mi-pipe models pull smollm2-135m")
 def models() -> None:
-    r"""Models that need no hub.
-
-    \b
-    Example:
-      mi-pipe models pull smollm2-135m
-    """
+    """Models that need no hub."""
 
 
 @models.command("pull")
@@ -271,13 +266,9 @@ def models_list(store: str | None) -> None:
 
 
 @cli.group()
+@_example("mi-pipe config show smollm2 saes.k=64")
 def config() -> None:
-    r"""Recipes.
-
-    \b
-    Example:
-      mi-pipe config show smollm2 saes.k=64
-    """
+    """Recipes."""
 
 
 @config.command("show")

@@ -198,4 +198,4 @@ def test_help_answers_at_once_and_every_command_has_an_example(tmp_path):
 
     for path in commands([], cli):
         shown = CliRunner().invoke(cli, [*path, "--help"]).output
-        assert "Example:" in shown, path
+        assert "\n  Example:\n    mi-pipe" in shown, path
