@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.models.hook_points import HookMap
 from mi_pipe.models.source import ModelSource, source_vocabulary
+from mi_pipe.steering.batches import encode_prompts
 from mi_pipe.steering.config import ContrastConfig, DirectionConfig, SteeringConfig
 from mi_pipe.steering.direction import check_hook
-from mi_pipe.steering.steer import encode_prompts
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe

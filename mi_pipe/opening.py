@@ -1,8 +1,9 @@
-"""`mi_pipe.open`: from an id, the beginning of one, or a path to the object that reads it."""
+"""`mi_pipe.open`: from an id, the beginning of one, or a path to the object that reads it; `mi_pipe.load_model`."""
 
 import importlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mi_pipe.core.artifact import Artifact
 from mi_pipe.core.destination import fetch_manifest
@@ -10,6 +11,10 @@ from mi_pipe.core.errors import ArtifactIncompleteError
 from mi_pipe.core.manifest import MANIFEST_NAME, REQUEST_NAME, Manifest, parse_manifest, read_manifest
 from mi_pipe.core.place import is_url
 from mi_pipe.core.store import Store
+
+if TYPE_CHECKING:
+    from mi_pipe.models.device import DType
+    from mi_pipe.models.model import Model
 
 VIEWS = {
     "train_model": "mi_pipe.models.trained:TrainedModel",
@@ -56,6 +61,20 @@ def open_artifact(
         path = store.folder(store.find(unfinished or text))
     manifest = read_manifest(path)
     return view_of(manifest)(path, manifest)
+
+
+def load_model(
+    name: str, store: Store | str | os.PathLike[str] | None = None, device: str = "auto", dtype: "DType" = "float32"
+) -> "Model":
+    """Load a model by what a recipe calls it: one that was pulled into the store, a folder, a GGUF file, a hub name.
+
+    Models that the pipeline trained are opened by their ids and loaded: `mi_pipe.open(id).load()`. Raises ModelError if
+    there is none, or it cannot be loaded.
+    """
+    from mi_pipe.models.handle import resolve_model
+    from mi_pipe.models.source import load_source
+
+    return load_source(resolve_model(name, store if isinstance(store, Store) else Store(store), dtype, device))
 
 
 def _open_unfinished(artifact_id: str, store: Store) -> Artifact:

@@ -154,4 +154,4 @@ def _done(work: Workspace, key: str, note: str) -> None:
     work.progress.update(work.ledger.n_done, work.ledger.n_total or 0, "batches", note)
 
 
-STAGE = Stage(name="steer", version=1, config=SteeringConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="steer", version=2, config=SteeringConfig, inputs=Inputs, run=run, estimate=estimate)

@@ -17,14 +17,14 @@ from mi_pipe.patching.metrics import find_metric
 from mi_pipe.probes.probe_set import ProbeSet
 from mi_pipe.prompts.prompt_set import PromptSet
 from mi_pipe.saes.sae_set import SAESet
+from mi_pipe.steering.batches import Tokens, check_room, encode_prompts
 from mi_pipe.steering.choosing import held_out, prompts_where
 from mi_pipe.steering.config import ContrastConfig, DirectionConfig, SteeringConfig
-from mi_pipe.steering.contrast import Tokens
 from mi_pipe.steering.direction import Direction, check_hook, check_width, from_feature, from_probe
-from mi_pipe.steering.steer import encode_prompts
-from mi_pipe.steering.texts import check_room
 
 _SCALE_PROMPTS = 32
+_FEW_TOKENS = 2000
+"""Below this the mean loss of text is uncertain by some tenths of a nat (docs/steering.md)."""
 DIRECTIONS = "directions"
 
 
@@ -105,7 +105,7 @@ def make_plan(config: SteeringConfig, inputs: Inputs) -> Plan:
         name: _direction(name, item, inputs, hooks, info, vocabulary, sets) for name, item in config.directions.items()
     }
     tasks = _tasks(config, inputs, info)
-    chosen = _text(config, inputs, info, sets)
+    chosen = _text(config, inputs, info, directions)
     clean = [row.numpy() for chunks in tasks.values() for chunk in chunks for row in chunk.group.clean]
     text = [inputs.prompts.prompt(int(i)) for i in chosen] if inputs.prompts is not None else []
     scaling = (text or clean)[:_SCALE_PROMPTS]
@@ -115,9 +115,19 @@ def make_plan(config: SteeringConfig, inputs: Inputs) -> Plan:
             "tasks, or give the scale as a number."
         )
     beginnings = _beginnings(config, clean, text, info, vocabulary)
-    no_loss = config.perplexity is not None and inputs.prompts is None
-    notes = ("no loss on text without a section prompts",) if no_loss else ()
-    return Plan(info, directions, tasks, _chunked(chosen, text, config.batch_tokens), scaling, beginnings, notes)
+    chunks, notes = _chunked(chosen, text, config.batch_tokens), _notes(config, inputs, text)
+    return Plan(info, directions, tasks, chunks, scaling, beginnings, notes)
+
+
+def _notes(config: SteeringConfig, inputs: Inputs, text: Sequence[Tokens]) -> tuple[str, ...]:
+    """Say what of the loss on text will be missing or uncertain."""
+    if config.perplexity is None:
+        return ()
+    if inputs.prompts is None:
+        return ("no loss on text without a section prompts",)
+    n_tokens = sum(len(prompt) - 1 for prompt in text)
+    few = f"loss on {n_tokens:,} tokens of text alone: give more prompts, or raise perplexity.n_prompts"
+    return (few,) if n_tokens < _FEW_TOKENS else ()
 
 
 def _direction(
@@ -171,20 +181,16 @@ def _tasks(config: SteeringConfig, inputs: Inputs, info: ModelInfo) -> dict[str,
 
 
 def _text(
-    config: SteeringConfig, inputs: Inputs, info: ModelInfo, sets: dict[str, PromptSet]
+    config: SteeringConfig, inputs: Inputs, info: ModelInfo, directions: dict[str, Direction | Contrast]
 ) -> Int[np.ndarray, " prompt"]:
-    """Return the prompts for the loss, shortest first; none of them is in a contrast."""
+    """Return the prompts for the loss, shortest first; none of them has the tokens of a prompt of a contrast."""
     if config.perplexity is None or inputs.prompts is None:
         return np.empty(0, np.int64)
-    prompts, used = inputs.prompts, set[int]()
-    for item in config.directions.values():
-        contrast = item.contrast
-        if contrast is not None and contrast.prompts is not None and sets[contrast.prompts].id == prompts.id:
-            for where in (contrast.positive, contrast.negative):
-                used |= set(prompts_where(prompts, str(where), contrast.max_prompts).tolist())
-    chosen = held_out(prompts, config.perplexity.n_prompts, config.perplexity.seed, used)
-    check_room([prompts.prompt(int(i)) for i in chosen], 0, info)
-    return chosen[np.argsort(np.diff(prompts.offsets)[chosen], kind="stable")]
+    contrasts = [known for known in directions.values() if isinstance(known, Contrast)]
+    used = [prompt for contrast in contrasts for prompt in (*contrast.positive, *contrast.negative)]
+    chosen = held_out(inputs.prompts, config.perplexity.n_prompts, config.perplexity.seed, used)
+    check_room([inputs.prompts.prompt(int(i)) for i in chosen], 0, info)
+    return chosen[np.argsort(np.diff(inputs.prompts.offsets)[chosen], kind="stable")]
 
 
 def _chunked(chosen: Int[np.ndarray, " prompt"], text: Sequence[Tokens], batch_tokens: int) -> list[TextChunk]:

@@ -8,7 +8,8 @@ ends below its start.
 
 What ascent finds between tokens is no text. So the tokens nearest to each position (cosine) are listed, inputs of just
 the nearest are run on the way, and the best of them stands beside the embeddings with its own activation: most of what
-ascent gains is commonly lost there. `n_swaps` looks further from these tokens (`swaps.py`).
+ascent gains is commonly lost there. From the best tokens seen on, single ones are exchanged (`swaps.py`); with
+`n_steps=0` that is all, and with `start` it begins at inputs of yours, such as the largest of a data set.
 """
 
 import math
@@ -18,15 +19,15 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from mi_pipe.core.config import Config
-from mi_pipe.core.errors import ConfigError
+from mi_pipe.core.errors import ConfigError, near_names
 from mi_pipe.maximisation.found_inputs import FoundInputs
 from mi_pipe.maximisation.running import Objective, check_readable, token_embeddings
 from mi_pipe.maximisation.sphere import SphereAscent
-from mi_pipe.maximisation.swaps import improve_by_swaps
+from mi_pipe.maximisation.swaps import Swaps
 from mi_pipe.maximisation.targets import Target
 from mi_pipe.maximisation.tokens import nearest_tokens, usable_tokens
 from mi_pipe.models.model import Model
@@ -36,49 +37,93 @@ class AscentConfig(Config):
     """How inputs are searched for."""
 
     n_pos: int = Field(default=8, ge=1)
-    """Positions that are free."""
+    """Positions that are free; with `start` as many as its rows have."""
     at: Literal["last", "mean"] = "last"
     """Whether the value at the last position grows, or the mean over the free ones."""
-    n_steps: int = Field(default=200, ge=1)
-    """Steps of ascent."""
+    n_steps: int = Field(default=200, ge=0)
+    """Steps of ascent; 0 for exchanges of tokens alone."""
     lr: float = Field(default=0.1, gt=0)
     """First learning rate, as a share of the embeddings' norm."""
     n_restarts: int = Field(default=4, ge=1)
-    """Random beginnings."""
+    """Random beginnings; with `start` one a row of it."""
     check_every: int = Field(default=10, ge=1)
     """After how many steps the nearest tokens are run."""
-    n_swaps: int = Field(default=0, ge=0)
+    n_swaps: int = Field(default=20, ge=0)
     """Rounds of exchanging single tokens after the ascent."""
     n_candidates: int = Field(default=64, ge=1)
     """Exchanges that are run in a round."""
+    n_top: int = Field(default=256, ge=1)
+    """They are drawn at each position from so many tokens of largest first-order effect."""
     n_near: int = Field(default=5, ge=1)
     """Nearest tokens listed for each position."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the beginnings."""
+    """Seed of beginnings and exchanges."""
 
 
 def maximise_input(
-    model: Model, target: Target, *, prefix: str | Sequence[int] | None = None, **options: object
+    model: Model,
+    target: Target,
+    *,
+    prefix: str | Sequence[int] | None = None,
+    start: Sequence[Sequence[int]] | None = None,
+    **options: object,
 ) -> FoundInputs:
     """Return the inputs found for a target; `options` are fields of `AscentConfig`.
 
-    The prefix is tokens, or a text that is put after the model's BOS if it has one; by default BOS alone. Raises
-    ConfigError or HookPointError for what the model does not have, or for more positions than it takes.
+    The prefix is tokens, or a text that is put after the model's BOS if it has one; by default BOS alone. `start` has
+    the tokens to begin with, rows of one length. Raises ConfigError or HookPointError for what the model does not have,
+    or for more positions than it takes.
     """
-    config = AscentConfig.model_validate(options)
+    config = _checked(options)
     check_readable(model, target)
     fixed = _prefix_tokens(model, prefix)
-    if len(fixed) + config.n_pos > model.info.n_ctx:
-        raise ConfigError(
-            f"The prefix has {len(fixed)} tokens and {config.n_pos} are free; the model takes {model.info.n_ctx}."
-        )
     table = token_embeddings(model)
     usable = usable_tokens(model.vocabulary, len(table))
-    objective = Objective(model, target, torch.tensor(fixed, device=model.device).long(), config.n_pos, config.at)
-    climb = _Climb(objective, table, usable, config)
+    tokens = _random_tokens(config, usable) if start is None else _given_tokens(start, len(table))
+    n_pos = tokens.shape[1]
+    if len(fixed) + n_pos > model.info.n_ctx:
+        raise ConfigError(
+            f"The prefix has {len(fixed)} tokens and {n_pos} are free; the model takes {model.info.n_ctx}."
+        )
+    objective = Objective(model, target, torch.tensor(fixed, device=model.device).long(), n_pos, config.at)
+    climb = _Climb(objective, table, usable, config, tokens.to(model.device))
     climb.run()
-    tokens = improve_by_swaps(objective, climb.tokens, table, usable, config.n_swaps, config.n_candidates)
-    return _found(objective, climb, tokens, nearest_tokens(climb.embeddings, table, usable, config.n_near))
+    swaps = Swaps(objective, table, usable, config.n_candidates, config.n_top, config.seed)
+    best = swaps.improved(climb.tokens, config.n_swaps)
+    return _found(objective, climb, best, nearest_tokens(climb.embeddings, table, usable, config.n_near))
+
+
+def _checked(options: dict[str, object]) -> AscentConfig:
+    try:
+        return AscentConfig.model_validate(options)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = ".".join(map(str, wrong["loc"]))
+        if wrong["type"] == "extra_forbidden":
+            known = list(AscentConfig.model_fields)
+            near = near_names(name, known) or f" There are {', '.join(known)}."
+            raise ConfigError(f"maximise_input has no option {name!r}.{near}") from None
+        raise ConfigError(f"maximise_input: {name} is {wrong['input']!r}; {wrong['msg'].lower()}.") from None
+
+
+def _random_tokens(config: AscentConfig, usable: Bool[Tensor, " d_vocab"]) -> Int[Tensor, "restart pos"]:
+    known = usable.nonzero().squeeze(1)
+    generator = torch.Generator().manual_seed(config.seed)
+    return known[torch.randint(len(known), (config.n_restarts, config.n_pos), generator=generator)]
+
+
+def _given_tokens(start: Sequence[Sequence[int]], n_tokens: int) -> Int[Tensor, "restart pos"]:
+    lengths = {len(row) for row in start}
+    if len(lengths) != 1 or not min(lengths):
+        raise ConfigError(
+            f"start has rows of {', '.join(map(str, sorted(lengths))) or 'no'} tokens; one length is needed."
+        )
+    tokens = torch.tensor([[int(token) for token in row] for row in start])
+    if tokens.min() < 0 or tokens.max() >= n_tokens:
+        raise ConfigError(
+            f"start has tokens {int(tokens.min())} to {int(tokens.max())}; the model's are 0 to {n_tokens - 1}."
+        )
+    return tokens
 
 
 def _prefix_tokens(model: Model, prefix: str | Sequence[int] | None) -> list[int]:
@@ -97,16 +142,14 @@ class _Climb:
         table: Float[Tensor, "d_vocab d_model"],
         usable: Bool[Tensor, " d_vocab"],
         config: AscentConfig,
+        tokens: Int[Tensor, "restart pos"],
     ) -> None:
         self._objective, self._table, self._usable, self._config = objective, table, usable, config
-        generator = torch.Generator().manual_seed(config.seed)
-        known = usable.nonzero().squeeze(1)
-        drawn = torch.randint(len(known), (config.n_restarts, config.n_pos), generator=generator)
-        self.tokens: Int[Tensor, "restart pos"] = known[drawn].to(table.device)
+        self.tokens = tokens
         self._value_of_tokens = objective.of_tokens(self.tokens).detach()
         self._ascent = SphereAscent(table[self.tokens], float(table[usable].norm(dim=1).median()))
         self.embeddings = self._ascent.vectors
-        self.value = torch.full((config.n_restarts,), -torch.inf, device=table.device)
+        self.value = torch.full((len(tokens),), -torch.inf, device=table.device)
         self.curve: list[Float[np.ndarray, " restart"]] = []
 
     def run(self) -> None:

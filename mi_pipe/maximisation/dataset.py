@@ -104,6 +104,9 @@ def _by_hook(targets: Target | Sequence[Target], k: int) -> list[tuple[str, list
     several = list(targets) if isinstance(targets, Sequence) else [targets]
     if not several:
         raise ConfigError("There is nothing to maximise; give at least one target.")
+    names = [target.name for target in several]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"Several targets are called {twice[0]!r}: give them names of their own, or ask one by one.")
     hooks = list(dict.fromkeys(target.hook for target in several))
     ordered = sorted(several, key=lambda target: hooks.index(target.hook))
     return [(hook, list(group)) for hook, group in groupby(ordered, key=lambda target: target.hook)]

@@ -8,14 +8,16 @@ from torch import Tensor
 
 from mi_pipe.models.model import Model
 from mi_pipe.patching.edits import edited
+from mi_pipe.probes.causal import moved_hook
 
 
 @contextmanager
 def added(model: Model, hook: str, vectors: Float[Tensor, "row d"], first_pos: int = 0) -> Generator[None]:
     """Within the block, the value of row r at `hook` is x + vectors[r] from position `first_pos` of the call on.
 
-    Positions are those of the tokens that the model is called with, without those in a cache. Raises HookPointError for
-    hook points that cannot be edited on the plain model.
+    Positions are those of the tokens that the model is called with, without those in a cache. What is added to
+    resid_mid goes to the whole residual stream, by way of attn_out. Raises HookPointError for hook points that cannot
+    be edited on the plain model.
     """
 
     def add(value: Tensor) -> Tensor:
@@ -26,5 +28,5 @@ def added(model: Model, hook: str, vectors: Float[Tensor, "row d"], first_pos: i
             steps[:, :first_pos] = 0
         return (flat + steps).reshape(value.shape)
 
-    with edited(model, hook, add):
+    with edited(model, moved_hook(hook), add):
         yield

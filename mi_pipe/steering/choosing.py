@@ -1,6 +1,6 @@
 """Which prompts of a set a condition means, and which are held out from contrasts for the loss on text."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -9,6 +9,7 @@ from jaxtyping import Int
 from mi_pipe.activations.where import Column, Condition, Texts
 from mi_pipe.core.errors import PromptError
 from mi_pipe.prompts.prompt_set import PromptSet
+from mi_pipe.steering.batches import Tokens
 
 _STREAM = 0x7E57
 
@@ -27,19 +28,24 @@ def prompts_where(prompts: PromptSet, where: str, max_prompts: int | None) -> In
 
 
 def held_out(
-    prompts: PromptSet, n_prompts: int, seed: int, without: Collection[int] = ()
+    prompts: PromptSet, n_prompts: int, seed: int, without: Sequence[Tokens] = ()
 ) -> Int[np.ndarray, " prompt"]:
-    """Return up to `n_prompts` prompts of at least two tokens, a random choice, ascending; `without` is left out.
+    """Return up to `n_prompts` prompts of at least two tokens, a random choice, ascending.
 
-    Raises PromptError if none is left.
+    Prompts with the tokens of one of `without` are left out, whichever set that is from. Raises PromptError if none is
+    left.
     """
-    is_allowed = np.diff(prompts.offsets) > 1
-    is_allowed[np.fromiter(without, np.int64, len(without))] = False
-    allowed = np.flatnonzero(is_allowed)
+    used = {_key(prompt) for prompt in without}
+    lengths = np.diff(prompts.offsets)
+    allowed = np.array([i for i in np.flatnonzero(lengths > 1) if not used or _key(prompts.prompt(int(i))) not in used])
     if not len(allowed):
         raise PromptError(f"{prompts.id} has no prompts left for the loss on text: contrasts use them all.")
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAM])))
     return np.sort(generator.permutation(allowed)[:n_prompts])
+
+
+def _key(prompt: Tokens) -> bytes:
+    return np.asarray(prompt, np.int64).tobytes()
 
 
 def _column(values: pd.Series) -> Column:

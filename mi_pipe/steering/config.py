@@ -6,7 +6,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.patching.metrics import metric_source
-from mi_pipe.steering.contrast import BATCH_TOKENS, Position
+from mi_pipe.steering.batches import BATCH_TOKENS
+from mi_pipe.steering.contrast import Position
 
 Texts = Annotated[tuple[str, ...], Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
@@ -87,10 +88,10 @@ class DirectionConfig(Config):
 
 
 class PerplexityConfig(Config):
-    """Loss on the recipe's prompts, those of contrasts left out."""
+    """Loss on the recipe's prompts, without any that has the tokens of a contrast's."""
 
-    n_prompts: PositiveInt = 32
-    """So many prompts, a random choice."""
+    n_prompts: PositiveInt = 64
+    """So many prompts, a random choice; 64 windows of 128 tokens are 8,128 predicted tokens."""
     seed: NonNegativeInt = 0
     """Which prompts these are."""
 

@@ -5,43 +5,21 @@ at all but BOS; sums in float64 (Turner et al. 2023 take one pair of prompts, Pa
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mi_pipe.core.errors import PromptError
 from mi_pipe.models.model import Model
 from mi_pipe.patching.recording import record
+from mi_pipe.steering.batches import BATCH_TOKENS, Prompts, Tokens, by_length, check_room, encode_prompts
 from mi_pipe.steering.direction import Direction, check_hook
 
 Position = Literal["last", "all"]
-Tokens = Int[np.ndarray, " pos"]
-BATCH_TOKENS = 1024
 _MASSIVE = 10.0
 """Times the median norm, as in the activation store."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts of one length and their numbers."""
-
-    rows: Int[np.ndarray, " row"]
-    tokens: Int[Tensor, "row pos"]
-
-
-def by_length(prompts: Sequence[Tokens], batch_tokens: int) -> Iterator[Batch]:
-    """Yield prompts in batches of one length, the shortest first, of at most `batch_tokens` tokens (or one prompt)."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-    for length in np.unique(lengths):
-        rows = np.flatnonzero(lengths == length)
-        size = max(1, batch_tokens // max(1, int(length)))
-        for start in range(0, len(rows), size):
-            some = rows[start : start + size]
-            yield Batch(some, torch.from_numpy(np.stack([prompts[i] for i in some]).astype(np.int64)))
 
 
 def activations(
@@ -81,19 +59,23 @@ def mean_activation(
 
 def from_contrast(
     model: Model,
-    positive: Sequence[Tokens],
-    negative: Sequence[Tokens],
+    positive: Prompts,
+    negative: Prompts,
     hook: str,
     position: Position = "last",
     batch_tokens: int = BATCH_TOKENS,
 ) -> Direction:
-    """Return the difference of means of two sets of prompts (tokens, BOS included), scaled by the means' distance.
+    """Return the difference of means of two sets of prompts, scaled by the means' distance.
 
-    Raises HookPointError, PromptError for a side without tokens, ConfigError if the means are equal.
+    Texts are put after BOS; rows of tokens are taken as they are. Raises HookPointError, PromptError for prompts that
+    the model cannot read or a side without tokens, ConfigError if the means are equal.
     """
     check_hook(model.hooks, hook)
-    means = [mean_activation(model, hook, prompts, position, batch_tokens) for prompts in (positive, negative)]
-    source = f"difference of means of {len(positive)} and {len(negative)} prompts, position {position}"
+    sides = [encode_prompts(model.vocabulary, prompts) for prompts in (positive, negative)]
+    for prompts in sides:
+        check_room(prompts, 0, model.info)
+    means = [mean_activation(model, hook, prompts, position, batch_tokens) for prompts in sides]
+    source = f"difference of means of {len(sides[0])} and {len(sides[1])} prompts, position {position}"
     return Direction.of(hook, means[0] - means[1], "contrast", source)
 
 

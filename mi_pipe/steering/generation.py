@@ -12,6 +12,7 @@ whose cached runs are their whole runs, which holds for the HuggingFace models o
 """
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,8 @@ def continuations(
         known = torch.cat([tokens, written], dim=1)
         n_cached = n_prompt + i - 1 if cache is not None and i else 0
         logits = _next_logits(model, known, n_cached, n_prompt, cache, push)
+        if cache is not None and not i and cache.get_seq_length() != n_prompt:
+            cache = None
         written = torch.cat([written, _chosen(logits, sampling, i)[:, None]], dim=1)
         if ends and all(ends.intersection(row) for row in written.tolist()):
             break
@@ -95,7 +98,11 @@ def _chosen(logits: Float[Tensor, "row d_vocab"], sampling: Sampling, i: int) ->
 
 
 def _cache_of(model: Model) -> DynamicCache | None:
-    return DynamicCache(config=model.module.config) if isinstance(model.module, PreTrainedModel) else None
+    """Return an empty cache, or None for models without one; some that are given one leave it empty (state spaces)."""
+    module = model.module
+    if not isinstance(module, PreTrainedModel) or "past_key_values" not in signature(module.forward).parameters:
+        return None
+    return DynamicCache(config=module.config)
 
 
 def _end_tokens(model: Model) -> set[int]:

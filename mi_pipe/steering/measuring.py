@@ -1,12 +1,14 @@
 """What steering does to a metric of the answer and to the loss on text, by prompt and coefficient.
 
-Runs that differ by coefficient and prompt alone are the rows of one batch, as many as fit into `batch_tokens`.
+Runs that differ by coefficient and prompt alone are the rows of one batch, as many as fit into `batch_tokens`; they
+begin at the block where the direction is added (`restart.py`).
 Coefficient 0 is the model without any hook: its figures are the model's own, bit for bit.
 
 Loss is the mean cross-entropy of a prompt's tokens after the first, in nats; perplexity is exp of its mean over tokens.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from mi_pipe.patching.readout import last_logits
 from mi_pipe.prompts.prompt_set import PairGroup
 from mi_pipe.steering.adding import added
 from mi_pipe.steering.direction import Direction
+from mi_pipe.steering.restart import KnownBlocks
 
 
 @torch.no_grad()
@@ -37,7 +40,8 @@ def metric_values(
     With `from_end` the direction is added at the last position alone, else at every position.
     """
     tokens = group.clean.to(model.device)
-    logits = torch.cat([last_logits(model, some) for some in tokens.split(max(1, batch_tokens // group.n_pos))])
+    known = KnownBlocks(model, [direction.hook for direction in directions])
+    logits = known.base(partial(last_logits, model), tokens, batch_tokens // group.n_pos)
     answers, wrongs = (ids[:, None].to(model.device) for ids in (group.answer, group.wrong))
     info = PairInfo(answers, wrongs, logits if metric.needs_all_logits else None)
     found = np.empty((len(directions), len(coefficients), group.n_pairs), np.float32)
@@ -45,7 +49,8 @@ def metric_values(
     for i, direction in enumerate(directions):
         for cells in _cells(coefficients, group.n_pairs, batch_tokens // group.n_pos):
             steps, rows = _steps(direction, coefficients, cells), torch.from_numpy(cells[:, 1]).to(model.device)
-            with added(model, direction.hook, steps.to(model.device), group.n_pos - 1 if from_end else 0):
+            first_pos = group.n_pos - 1 if from_end else 0
+            with known.left_out(direction.hook, rows), added(model, direction.hook, steps.to(model.device), first_pos):
                 steered = last_logits(model, tokens[rows])
             values = metric_of_logits(metric, steered, info.rows(rows)).float().cpu().numpy()
             found[i, cells[:, 0], cells[:, 1]] = values
@@ -63,13 +68,14 @@ def text_losses(
     """Return the mean loss of each prompt, in nats a token, with the direction added at every position; float32."""
     tokens = tokens.to(model.device)
     n_prompts, n_pos = tokens.shape
-    base = torch.cat([_losses(model, some) for some in tokens.split(max(1, batch_tokens // n_pos))])
+    known = KnownBlocks(model, [direction.hook for direction in directions])
+    base = known.base(partial(_losses, model), tokens, batch_tokens // n_pos)
     found = np.empty((len(directions), len(coefficients), n_prompts), np.float32)
     found[:] = base.cpu().numpy()
     for i, direction in enumerate(directions):
         for cells in _cells(coefficients, n_prompts, batch_tokens // n_pos):
             steps, rows = _steps(direction, coefficients, cells), torch.from_numpy(cells[:, 1]).to(model.device)
-            with added(model, direction.hook, steps.to(model.device)):
+            with known.left_out(direction.hook, rows), added(model, direction.hook, steps.to(model.device)):
                 found[i, cells[:, 0], cells[:, 1]] = _losses(model, tokens[rows]).cpu().numpy()
     return found
 

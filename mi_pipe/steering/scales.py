@@ -10,7 +10,8 @@ import torch
 from mi_pipe.core.errors import ConfigError
 from mi_pipe.models.model import Model
 from mi_pipe.saes.sae import SAE
-from mi_pipe.steering.contrast import BATCH_TOKENS, Tokens, usual_activations
+from mi_pipe.steering.batches import BATCH_TOKENS, Tokens
+from mi_pipe.steering.contrast import usual_activations
 from mi_pipe.steering.direction import Direction
 
 _ENCODED_ROWS = 256

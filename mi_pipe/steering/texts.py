@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mi_pipe.core.errors import PromptError
+from mi_pipe.core.errors import ConfigError
 from mi_pipe.core.vocabulary import Vocabulary
-from mi_pipe.models.info import ModelInfo
 from mi_pipe.models.model import Model
-from mi_pipe.steering.contrast import BATCH_TOKENS, Batch, Tokens, by_length
+from mi_pipe.steering.batches import BATCH_TOKENS, Batch, Tokens, by_length
 from mi_pipe.steering.direction import Direction
 from mi_pipe.steering.generation import Push, Sampling, continuations, uniform_draws
 
@@ -32,6 +31,14 @@ class Writing:
     """Whether to steer from the prompt's last token on, instead of at every position."""
     batch_tokens: int = BATCH_TOKENS
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for what cannot be written."""
+        if self.n_tokens < 1 or self.n_samples < 0 or not 0 < self.temperature < float("inf"):
+            raise ConfigError(
+                f"{self.n_tokens} tokens and {self.n_samples} samples at temperature {self.temperature:g} cannot be "
+                "written: at least one token, no fewer than 0 samples, a temperature above 0."
+            )
+
 
 @dataclass(frozen=True)
 class _Cell:
@@ -40,20 +47,6 @@ class _Cell:
     coefficient: float
     row: int
     sample: int
-
-
-def check_room(prompts: Sequence[Tokens], n_tokens: int, info: ModelInfo) -> None:
-    """Raise PromptError unless every prompt has tokens that the model knows, and room for more."""
-    for prompt in prompts:
-        if not len(prompt):
-            raise PromptError("A prompt to be continued has no tokens.")
-        if len(prompt) + n_tokens > info.n_ctx:
-            raise PromptError(
-                f"A prompt of {len(prompt)} tokens and {n_tokens} new ones are more than the model's context of "
-                f"{info.n_ctx}."
-            )
-        if int(max(prompt)) >= info.d_vocab:
-            raise PromptError(f"A prompt has token {int(max(prompt))}, and the model has {info.d_vocab} tokens.")
 
 
 def steered_texts(

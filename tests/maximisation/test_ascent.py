@@ -92,11 +92,24 @@ def test_swaps_find_the_best_token_where_all_can_be_run(toy):
 
 def test_swaps_never_make_it_worse(llama):
     options = {"n_pos": 4, "n_steps": 10, "n_restarts": 3}
-    without = maximise_input(llama, Neuron(LAST, 3), **options)
+    without = maximise_input(llama, Neuron(LAST, 3), **options, n_swaps=0)
     swapped = maximise_input(llama, Neuron(LAST, 3), **options, n_swaps=3, n_candidates=16)
     assert (swapped.tokens >= without.tokens).all()
     assert (swapped.tokens > without.tokens).any()
     assert not set(swapped.token_ids.ravel()) & llama.vocabulary.special_ids
+
+
+def test_exchanges_alone_begin_at_given_tokens_and_reach_the_best_pair_of_two_independent_ones(toy):
+    """Of logits at the first block's input only the last token counts; of a sum over both positions each does."""
+    target = Projection(FIRST, DIRECTION)
+    found = maximise_input(toy, target, start=[[5, 9], [60, 2]], n_steps=0, n_swaps=40, n_top=63, at="mean")
+    assert found.curve.shape == (2, 1)
+    with torch.no_grad():
+        best = toy.bridge.run_with_cache(torch.tensor([[0, token] for token in range(64)]))[1][FIRST] @ DIRECTION
+    np.testing.assert_allclose(found.tokens, float(best[:, 1].max()), rtol=1e-4)
+    kept = maximise_input(toy, Neuron(LAST, 9), start=[[5, 9], [60, 2]], n_steps=0, n_swaps=0)
+    assert kept.token_ids.tolist() == [[5, 9], [60, 2]]
+    assert maximise_input(toy, Neuron(LAST, 9), start=[[5, 9]], n_steps=0, n_swaps=5).tokens[0] > kept.tokens[0]
 
 
 def test_features_are_climbed_by_their_pre_activation(toy):
@@ -117,6 +130,21 @@ def test_near_tokens_are_listed_by_cosine(toy):
     of_second = lines[lines["pos"] == 1]
     assert of_second["token_id"].tolist() == top.indices.tolist()
     np.testing.assert_allclose(of_second["cosine"], top.values, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": [[1, 2], [3]]}, "start has rows of 1, 2 tokens; one length is needed"),
+        ({"start": []}, "start has rows of no tokens"),
+        ({"start": [[1, 64]]}, "start has tokens 1 to 64; the model's are 0 to 63"),
+        ({"n_step": 3}, "no option 'n_step'. Did you mean 'n_steps'"),
+        ({"lr": -1.0}, "maximise_input: lr is -1.0; input should be greater than 0"),
+    ],
+)
+def test_mistaken_options_are_told_in_a_sentence(toy, options, message):
+    with pytest.raises(ConfigError, match=message):
+        maximise_input(toy, Neuron(LAST, 0), **options)
 
 
 def test_what_the_model_has_not_is_refused(toy, llama):

@@ -140,3 +140,9 @@ def test_what_there_is_not_is_refused(toy):
         dataset_maximisation(acts, Neuron(RESIDUAL, 1), k=0)
     with pytest.raises(ConfigError, match="nothing to maximise"):
         dataset_maximisation(acts, [])
+
+
+def test_targets_of_one_name_are_refused(toy):
+    acts, _, _ = toy
+    with pytest.raises(ConfigError, match="Several targets are called 'projection'"):
+        dataset_maximisation(acts, [Projection(RESIDUAL, DIRECTION), Projection(RESIDUAL, -DIRECTION)])

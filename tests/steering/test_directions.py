@@ -120,11 +120,11 @@ def test_prompts_are_chosen_by_conditions_and_held_out_from_contrasts(store: Sto
         prompts_where(task, "rol == 'clean'", None)
     with pytest.raises(PromptError, match="No prompt of"):
         prompts_where(task, "role == 'neither'", None)
-    chosen = held_out(task, 6, seed=0, without={0, 2})
+    chosen = held_out(task, 6, seed=0, without=[task.prompt(0), task.prompt(2)])
     assert len(chosen) == 6
     assert not {0, 2} & set(chosen.tolist())
     assert chosen.tolist() == sorted(chosen)
     assert held_out(task, 6, seed=1).tolist() != held_out(task, 6, seed=0).tolist()
     corpus = PromptSet(toy_corpus(store, model).path)
     with pytest.raises(PromptError, match="contrasts use them all"):
-        held_out(corpus, 2, 0, without={0, 1})
+        held_out(corpus, 2, 0, without=[corpus.prompt(i) for i in range(corpus.n_prompts)])

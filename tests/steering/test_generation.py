@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mi_pipe.core.errors import ConfigError, HookPointError, PromptError
+from mi_pipe.steering.contrast import from_contrast
 from mi_pipe.steering.direction import Direction
 from mi_pipe.steering.generation import Push, Sampling, continuations, uniform_draws
 from mi_pipe.steering.steer import steer
@@ -117,6 +118,34 @@ def test_one_call_steers_texts(llama):
     step = direction(32).step(1.0)[None]
     (expected,) = continuations(llama, tokens, Sampling(np.full((1, 4), np.nan)), Push(HOOK, step, False))
     assert frame.loc[2, "token_ids"].tolist() == expected
+
+
+def test_a_direction_and_texts_take_two_lines(llama):
+    found = steer(llama, from_contrast(llama, ["w5", "w9"], "w7", HOOK), "w5", 1.5, Writing(n_tokens=3))
+    same = steer(llama, from_contrast(llama, [[0, 5], [0, 9]], [[0, 7]], HOOK), [[0, 5]], [1.5], Writing(n_tokens=3))
+    assert found["token_ids"].tolist()[0].tolist() == same["token_ids"].tolist()[0].tolist()
+    assert (len(found), found["prompt_text"][0], same["prompt_text"][0]) == (1, "w5", "w0 w5")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coefficients": [1.0, float("nan")]}, "Coefficients are finite numbers, not 1, nan"),
+        ({"prompts": [[0, 97]]}, "A prompt has token 97, and the model has tokens 0 to 96"),
+        ({"prompts": [[-1]]}, "A prompt has token -1"),
+        ({"prompts": [[]]}, "A prompt has no tokens"),
+        ({"prompts": [[3] * 40]}, "A prompt of 40 tokens and 2 new ones are more than the model's context of 32"),
+    ],
+)
+def test_mistakes_of_a_call_are_told_in_a_sentence(llama, options, message):
+    with pytest.raises((ConfigError, PromptError), match=message):
+        steer(llama, direction(32), **{"prompts": "w5", "writing": Writing(n_tokens=2), **options})
+    with pytest.raises(ConfigError, match="cannot be written: at least one token"):
+        Writing(n_tokens=0)
+    with pytest.raises(ConfigError, match="temperature above 0"):
+        Writing(temperature=0.0)
+    with pytest.raises(PromptError, match="A prompt of 40 tokens is more than the model's context of 32"):
+        from_contrast(llama, [[3] * 40], "w5", HOOK)
 
 
 def test_what_does_not_fit_is_told(llama):

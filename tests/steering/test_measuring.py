@@ -9,7 +9,7 @@ from mi_pipe.patching.metrics import find_metric, logit_diff
 from mi_pipe.prompts.prompt_set import PairGroup
 from mi_pipe.steering.direction import Direction
 from mi_pipe.steering.measuring import metric_values, text_losses
-from tests.patching.conftest import D_VOCAB
+from tests.patching.conftest import D_VOCAB, make_model
 from tests.steering.toy import WIDTH, linear_toy
 
 HOOK = "blocks.0.hook_resid_post"
@@ -90,6 +90,26 @@ def test_losses_are_those_of_a_plain_hook_loop_and_0_is_bit_for_bit_the_model(mo
             np.testing.assert_allclose(found[i, k], expected.numpy(), rtol=1e-4, atol=1e-5)
     few = text_losses(model, [steering], COEFFICIENTS, tokens, 20)
     np.testing.assert_allclose(few, found[:1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("gpt2", "transformer.h.1.attn"), ("llama_gqa", "model.layers.1.self_attn"),
+                       ("gemma2", "model.layers.1.post_attention_layernorm")],
+)  # fmt: skip
+def test_what_is_added_between_attention_and_mlp_stays_in_the_residual_stream(name, path):
+    model, tokens = make_model(name), group().clean
+    steering = a_direction(32, "blocks.1.hook_resid_mid")
+    found = text_losses(model, [steering], [2.0], tokens, 1000)[0, 0]
+
+    def after(_module, _args, output):
+        return (output[0] + steering.step(2.0), *output[1:]) if isinstance(output, tuple) else output + steering.step(2)
+
+    handle = model.module.get_submodule(path).register_forward_hook(after)
+    with torch.no_grad():
+        logits = model.logits(tokens)
+    handle.remove()
+    expected = cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
 
 
 def run_with_hook(model, tokens, direction, coefficient, first_pos=0):
