@@ -101,8 +101,8 @@ class Plan:
                 parts = self.split.parts(at[labels.is_known[at]], store.prompt_idx)
                 found[name, position] = make_task(parts, labels, types, cluster, config.fit)
         if all(isinstance(task, str) for task in found.values()):
-            reasons = "; ".join(dict.fromkeys(str(task) for task in found.values()))
-            raise ConfigError(f"No probe can be fitted on {store.id}: {reasons}.")
+            reasons = "; ".join(f"{label} at {position}: {reason}" for (label, position), reason in found.items())
+            raise ConfigError(f"No probe can be fitted on {store.id}: {reasons}. probes.positions chooses other rows.")
         return found
 
     @property

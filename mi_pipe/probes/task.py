@@ -18,6 +18,7 @@ from mi_pipe.probes.scores import NO_SCORE, difference, predicted_classes
 from mi_pipe.probes.split import Parts
 
 _FEWEST_ROWS = 2
+_CLASSES_TOLD = 3
 _FEWEST_CLASSES = 2
 
 
@@ -61,7 +62,7 @@ def make_task(
     if labels.is_classes:
         chosen = _frequent(values[kept["training"]], options)
         if len(chosen) < _FEWEST_CLASSES:
-            return "fewer than two classes have enough training rows"
+            return _too_few_classes(values[kept["training"]], labels.classes, options)
         classes = tuple(labels.classes[i] for i in chosen)
         numbers = np.full(len(labels.classes), MISSING, np.int64)
         numbers[chosen] = np.arange(len(chosen))
@@ -85,6 +86,14 @@ def _frequent(values: Int[np.ndarray, " row"], options: ProbeOptions) -> Int[np.
     counts = np.bincount(values)
     order = np.argsort(-counts, kind="stable")[: options.max_classes]
     return np.sort(order[counts[order] >= options.min_class_rows])
+
+
+def _too_few_classes(values: Int[np.ndarray, " row"], classes: tuple[str, ...], options: ProbeOptions) -> str:
+    """Say which classes the training rows have, the most frequent first."""
+    counts = np.bincount(values, minlength=len(classes))
+    order = np.argsort(-counts, kind="stable")[:_CLASSES_TOLD]
+    told = ", ".join(f"{counts[i]} {classes[i]}" for i in order if counts[i]) or "none"
+    return f"of {len(values)} training rows {told}; two classes of at least {options.min_class_rows} are needed"
 
 
 def run_task(task: ProbeTask, x: Rows, options: ProbeOptions) -> TaskResult:

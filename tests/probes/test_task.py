@@ -69,6 +69,8 @@ def test_rare_classes_are_left_out_and_the_others_numbered_anew():
     two = make_task(PARTS, labels, None, np.arange(N), ProbeOptions(max_classes=2))
     assert isinstance(two, ProbeTask)
     assert len(two.classes) == 2
-    assert make_task(PARTS, labels, None, np.arange(N), ProbeOptions(min_class_rows=5000)) == (
-        "fewer than two classes have enough training rows"
-    )
+    reason = make_task(PARTS, labels, None, np.arange(N), ProbeOptions(min_class_rows=5000))
+    counts = np.bincount(values[PARTS.training])
+    assert isinstance(reason, str)
+    assert reason.startswith(f"of {len(PARTS.training)} training rows {counts[0]} a, ")
+    assert reason.endswith("; two classes of at least 5000 are needed")
