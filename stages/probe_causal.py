@@ -1,5 +1,8 @@
 """The part of the stage `probes` that runs the model with activations moved along a probe's direction."""
 
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
@@ -9,7 +12,8 @@ from torch import Tensor
 from mi_pipe.activations.prompt_agreement import check_prompts
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.errors import ConfigError
-from mi_pipe.models.model import Model
+from mi_pipe.models.hook_points import layer_of
+from mi_pipe.models.model import Model, as_logits
 from mi_pipe.models.reading import Reading
 from mi_pipe.models.source import ModelSource, source_hooks
 from mi_pipe.patching.metrics import PairInfo, find_metric, metric_of_logits
@@ -21,12 +25,14 @@ from mi_pipe.probes.causal import (
     LastMetric,
     ReadingDirection,
     make_batch,
+    moved_hook,
     random_unit,
     reading_direction,
     run_moved,
 )
 from mi_pipe.probes.config import CausalConfig
 from mi_pipe.prompts.prompt_set import PromptSet
+from mi_pipe.steering.restart import KnownBlocks
 
 _BATCH_TOKENS = 1024
 
@@ -43,18 +49,59 @@ def check_causal(
     check_prompts(store, prompts)
     known, _ = source_hooks(model)
     for hook in hooks:
-        if known[hook].module_path is None:
+        if known[moved_hook(hook)].module_path is None:
             raise ConfigError(
                 f"probes.causal: {hook} is no value of the model's own modules that could be moved; probe it without."
             )
+
+
+@dataclass(frozen=True)
+class Base:
+    """Test prompts of a label at a position, and what the model's blocks return on them when nothing is moved."""
+
+    model: Model
+    batch: CausalBatch
+    known: KnownBlocks
+
+    def run(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt d_vocab"]:
+        """Return the logits after each prompt of the batch, or of its first ones; others are not unembedded."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        ends = self.batch.lengths.to(tokens.device)[rows] - 1
+        with self.model.edited({"unembed.hook_in": lambda normed: normed[rows, ends][:, None]}):
+            return as_logits(self.model.module(tokens))[:, 0]
+
+    def run_from(self, hook: str) -> Float[Tensor, "prompt d_vocab"]:
+        """Return the logits after each prompt, without computing blocks before a hook point."""
+        tokens = self.batch.tokens.to(self.model.device)
+        if layer_of(hook) is None:
+            return self.run(tokens)
+        with self.known.left_out(moved_hook(hook), torch.arange(len(tokens), device=tokens.device)):
+            return self.run(tokens)
+
+
+@torch.no_grad()
+def causal_bases(
+    config: CausalConfig,
+    model: Model,
+    prompts: PromptSet,
+    store: ActivationStore,
+    rows: Int[np.ndarray, " row"],
+    hooks: list[str],
+) -> list[Base]:
+    """Return the first test prompts that have rows, in batches, with these rows marked, each batch run once."""
+    found = []
+    for batch in _batches(prompts, store, rows, config.max_prompts):
+        base = Base(model, batch, KnownBlocks(model, [moved_hook(hook) for hook in hooks]))
+        base.known.base(base.run, batch.tokens.to(model.device), len(batch.tokens))
+        found.append(base)
+    return found
 
 
 def causal_frame(
     config: CausalConfig,
     model: Model,
     prompts: PromptSet,
-    store: ActivationStore,
-    rows: Int[np.ndarray, " row"],
+    bases: list[Base],
     hook: str,
     later: dict[str, dict[str, Tensor]],
     deviation: float,
@@ -69,16 +116,16 @@ def causal_frame(
         reading = model.hooks[name].reading
         assert reading is not None, "the plan has refused it"
         followed[name] = (reading, ReadingDirection(direction.weight.to(model.device), direction.bias))
-    units = {PROBE: directions[hook].unit, RANDOM: random_unit(store.width(hook), config.seed)}
+    unit = directions[hook].unit
+    steps = {(PROBE, 0.0): torch.zeros_like(unit)}
+    for name, along in ((PROBE, unit), (RANDOM, random_unit(len(unit), config.seed))):
+        steps |= {(name, amount): amount * deviation * along for amount in config.amounts}
     parts: list[pd.DataFrame] = []
-    for batch in _batches(prompts, store, rows, config.max_prompts):
+    for base in bases:
         metric = _metric(config.metric, prompts)
-        zero = torch.zeros(store.width(hook))
-        parts.append(_frame(run_moved(model, batch, hook, zero, followed, metric), batch, PROBE, 0.0))
-        for name, unit in units.items():
-            for amount in config.amounts:
-                run = run_moved(model, batch, hook, amount * deviation * unit, followed, metric)
-                parts.append(_frame(run, batch, name, amount))
+        for (name, amount), step in steps.items():
+            run = run_moved(model, partial(base.run_from, hook), base.batch, hook, step, followed, metric)
+            parts.append(_frame(run, base.batch, name, amount))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -96,7 +143,6 @@ def _frame(run: CausalRun, batch: CausalBatch, direction: str, amount: float) ->
 def _batches(
     prompts: PromptSet, store: ActivationStore, rows: Int[np.ndarray, " row"], max_prompts: int
 ) -> list[CausalBatch]:
-    """Return the first test prompts that have rows, in batches, with these rows marked."""
     prompt_of = store.prompt_idx[rows]
     chosen = np.unique(prompt_of)[:max_prompts]
     longest = max(len(prompts.prompt(int(i))) for i in chosen)

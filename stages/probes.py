@@ -4,6 +4,7 @@ with what they read.
 A unit of work is one label at one hook point and position, fitted or checked causally; results wait in scratch.
 """
 
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from mi_pipe.models.source import load_source
 from mi_pipe.probes import probe_set as files
 from mi_pipe.probes.config import CausalConfig
 from mi_pipe.probes.task import ProbeTask, activations_of, run_task
-from stages.probe_causal import causal_frame
+from stages.probe_causal import Base, causal_bases, causal_frame
 from stages.probe_plan import Inputs, Plan, ProbesConfig, Unit
 
 _FLOAT_BYTES = 4
@@ -86,30 +87,29 @@ def _check_causally(config: CausalConfig, device: str, plan: Plan, inputs: Input
     assert inputs.model is not None, "the plan has refused it"
     assert inputs.prompts is not None, "the plan has refused it"
     model = load_source(inputs.model, device)
-    for i, unit in enumerate(plan.units):
-        key = _causal_key(i)
-        if key in work.ledger:
-            continue
-        later = {
-            other.hook: _linear(work.scratch / _fit_key(j))
-            for j, other in enumerate(plan.units)
-            if (other.label, other.position) == (unit.label, unit.position)
-            and plan.hooks.index(other.hook) >= plan.hooks.index(unit.hook)
-        }
-        deviation = _probe_rows(work, i).set_index("kind").loc["linear", "deviation"]
-        frame = causal_frame(
-            config,
-            model,
-            inputs.prompts,
-            inputs.activations,
-            plan.task(unit).rows.test,
-            unit.hook,
-            later,
-            float(deviation),
-        )
-        with atomic.atomic_path(work.scratch / key) as temp:
-            frame.to_parquet(temp, index=False)
-        _done(work, key, f"moved along {unit.label} at {unit.hook}, {unit.position}")
+    numbered = [(i, unit) for i, unit in enumerate(plan.units) if _causal_key(i) not in work.ledger]
+    # Units are ordered by label and position, which share their prompts.
+    for _, units in groupby(numbered, lambda item: (item[1].label, item[1].position)):
+        bases: list[Base] = []
+        for i, unit in units:
+            rows = plan.task(unit).rows.test
+            bases = bases or causal_bases(config, model, inputs.prompts, inputs.activations, rows, plan.hooks)
+            later = _later(plan, unit, work)
+            deviation = float(_probe_rows(work, i).set_index("kind").loc["linear", "deviation"])
+            frame = causal_frame(config, model, inputs.prompts, bases, unit.hook, later, deviation)
+            with atomic.atomic_path(work.scratch / _causal_key(i)) as temp:
+                frame.to_parquet(temp, index=False)
+            _done(work, _causal_key(i), f"moved along {unit.label} at {unit.hook}, {unit.position}")
+
+
+def _later(plan: Plan, unit: Unit, work: Workspace) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the linear probes of a unit's label and position at its hook point and at later ones."""
+    return {
+        other.hook: _linear(work.scratch / _fit_key(j))
+        for j, other in enumerate(plan.units)
+        if (other.label, other.position) == (unit.label, unit.position)
+        and plan.hooks.index(other.hook) >= plan.hooks.index(unit.hook)
+    }
 
 
 def _linear(folder: Path) -> dict[str, torch.Tensor]:
@@ -211,4 +211,4 @@ def _causal_key(i: int) -> str:
     return f"causal/{i:06d}.parquet"
 
 
-STAGE = Stage(name="probes", version=2, config=ProbesConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="probes", version=3, config=ProbesConfig, inputs=Inputs, run=run, estimate=estimate)

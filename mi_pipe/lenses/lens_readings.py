@@ -53,8 +53,13 @@ class LensReadings(Artifact):
         return self.texts(ids[ids >= 0])
 
     def top(self, task: str, prompt: int, lens: str = LOGIT, rank: int = 0) -> pd.DataFrame:
-        """Return the text of the likeliest token (or the one of that rank): one row a depth, one column a position."""
+        """Return the text of the likeliest token (or the one of that rank): one row a depth, one column a position.
+
+        Raises ConfigError for a task, prompt, lens or rank that was not read.
+        """
         data = self._prompt(self._of_lens(task, lens), prompt)
+        if not 0 <= rank < data.sizes["top"]:
+            raise ConfigError(f"{self.id} has the {data.sizes['top']} likeliest tokens, ranks from 0, not rank {rank}.")
         ids = data["top_id"].isel(top=rank).to_numpy()[:, data["token_id"].to_numpy() >= 0]
         shown = [self.texts(row) for row in ids]
         return pd.DataFrame(shown, index=pd.Index(range(len(ids)), name="depth"))

@@ -49,6 +49,8 @@ class Tuning:
             depth: [part.detach().clone() for part in item.parameters] for depth, item in self.translators.items()
         }
         self.step_no = 0
+        self.n_validated = 0
+        """How many of the config's checkpoints have been validated."""
         shape = (len(config.checkpoints()), len(units))
         # Mean training KL since the last validation, and KL of each validation; NaN for what is to come.
         self.training_kl = torch.full(shape, torch.nan, dtype=torch.float64)
@@ -58,11 +60,6 @@ class Tuning:
     def depths(self) -> list[int]:
         """The depths, ascending."""
         return list(self.translators)
-
-    @property
-    def n_validated(self) -> int:
-        """How many of the config's checkpoints have been validated."""
-        return int(torch.isfinite(self.validation_kl[:, 0]).sum())
 
     def step(self, batch: RowBatch) -> list[float]:
         """Train every depth on one batch; returns its KL before the step by depth."""
@@ -86,6 +83,7 @@ class Tuning:
             if place == 0 or kl < float(before[:, column].min()):
                 self._best[depth] = [part.detach().clone() for part in self.translators[depth].parameters]
             self.validation_kl[place, column] = kl
+        self.n_validated = place + 1
         if training is not None:
             self.training_kl[place] = torch.tensor(training, dtype=torch.float64)
 
@@ -102,13 +100,15 @@ class Tuning:
             part = slice(start, start + size)
             with torch.no_grad():
                 final = self._final.logits(batch.last[part]).float().log_softmax(-1)
+                p = final.exp()
             for depth, translator in self.translators.items():
                 with torch.set_grad_enabled(with_gradients):
                     logits = self._final.logits(translator(batch.residuals[depth][part]))
                 lens = logits.detach().float().log_softmax(-1)
                 totals[depth] += float(kl_divergence(final, lens).sum(dtype=torch.float64))
                 if with_gradients:
-                    logits.backward(((lens.exp() - final.exp()) / n_rows).to(logits.dtype))
+                    # In place: at this size every further array costs as much as the arithmetic.
+                    logits.backward(lens.exp_().sub_(p).div_(n_rows).to(logits.dtype))
         return totals
 
     def state(self) -> dict[str, Tensor]:
@@ -124,8 +124,9 @@ class Tuning:
         return {name: value.contiguous().cpu() for name, value in found.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a saved state."""
+        """Go on from a state that was saved after a validation."""
         self.step_no = int(state["step_no"])
+        self.n_validated = 1 + self._config.checkpoints().index(self.step_no)
         self.training_kl, self.validation_kl = state["training_kl"].clone(), state["validation_kl"].clone()
         for depth, item in self.translators.items():
             for i, part in enumerate(item.parameters):

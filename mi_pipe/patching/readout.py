@@ -1,12 +1,12 @@
 """From prompts or last hidden states to the logits that a metric reads, without the rest of the vocabulary."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mi_pipe.models.logit_map import LogitMap
 from mi_pipe.models.model import Model, as_logits
 from mi_pipe.patching.metrics import PairInfo
 
@@ -18,29 +18,6 @@ def last_logits(model: Model, tokens: Int[Tensor, "batch pos"], **options: Any) 
     """
     with model.edited({"unembed.hook_in": lambda normed: normed[:, -1:]}):
         return wide(as_logits(model.module(tokens, **options))[:, -1])
-
-
-@dataclass(frozen=True)
-class LogitMap:
-    """What a model does to its logits after the unembedding: a factor, then a soft cap c tanh(x / c)."""
-
-    factor: float = 1.0
-    cap: float = 0.0
-
-    @classmethod
-    def of(cls, module: Any) -> "LogitMap":
-        """Read it from a HuggingFace config (Gemma 2, Cohere, Granite) or a native model's."""
-        config = getattr(module, "config", None) or getattr(module, "cfg", None)
-        factor = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "output_logits_soft_cap", None)
-        return cls(factor, max(float(cap or 0.0), 0.0))
-
-    def __call__(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return the model's logits from the unembedding's."""
-        scaled = logits if self.factor == 1.0 else logits * self.factor
-        return self.cap * torch.tanh(scaled / self.cap) if self.cap else scaled
 
 
 def token_logits(

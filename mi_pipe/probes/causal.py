@@ -17,12 +17,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mi_pipe.models.model import Model, as_logits
+from mi_pipe.models.model import Model
 from mi_pipe.models.reading import Reading, listening
 
 PROBE, RANDOM = "probe", "random"
 LastMetric = Callable[[Float[Tensor, "prompt d_vocab"], Int[Tensor, " prompt"]], Float[Tensor, " prompt"]]
 """A metric of last-position logits of some prompts (their numbers)."""
+RunOn = Callable[[], Float[Tensor, "prompt d_vocab"]]
+"""Runs the model on a batch, from before the hook point that is moved; returns the logits after each prompt."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class CausalRun:
 @torch.no_grad()
 def run_moved(
     model: Model,
+    run_on: RunOn,
     batch: CausalBatch,
     hook: str,
     step: Float[Tensor, " d"],
@@ -102,13 +105,21 @@ def run_moved(
         found[name] = (readings.sum(1) / counts).cpu().double().numpy()
 
     readings = {name: reading for name, (reading, _) in followed.items()}
-    with model.edited({hook: add}), listening(model.module, readings, note):
-        logits = as_logits(model.module(batch.tokens.to(model.device)))
+    with model.edited({moved_hook(hook): add}), listening(model.module, readings, note):
+        last = run_on()
     if metric is None:
         return CausalRun(found, None)
-    last = logits[torch.arange(len(logits)), batch.lengths.to(logits.device) - 1].float()
-    values = metric(last, torch.from_numpy(batch.prompts))
+    values = metric(last.float(), torch.from_numpy(batch.prompts))
     return CausalRun(found, values.cpu().double().numpy())
+
+
+def moved_hook(hook: str) -> str:
+    """Return where a hook point is moved: the model reads resid_mid for the MLP alone, what attention adds for all.
+
+    >>> moved_hook("blocks.2.hook_resid_mid"), moved_hook("blocks.2.hook_resid_post")
+    ('blocks.2.hook_attn_out', 'blocks.2.hook_resid_post')
+    """
+    return hook.replace("hook_resid_mid", "hook_attn_out")
 
 
 def make_batch(

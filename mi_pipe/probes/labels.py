@@ -60,13 +60,13 @@ def labels_of(store: ActivationStore, name: str, spec: LabelConfig) -> Labels:
     else:
         rows = rows_table(store)
         values = function_values(spec.function, rows) if spec.function else table_values(_table(spec), rows)
-    found = _as_numbers(values) if _is_regression(values, spec.kind) else _as_classes(values)
+    if pd.isna(values).all():
+        raise ConfigError(f"probes.labels.{name} is missing at every row of {store.id}.")
+    found = _as_numbers(name, values) if _is_regression(values, spec.kind) else _as_classes(name, values)
     if found.is_classes and len(found.classes) < 2:  # noqa: PLR2004
         raise ConfigError(
             f"probes.labels.{name} has one class alone ({', '.join(found.classes)}): there is nothing to read."
         )
-    if not found.is_known.any():
-        raise ConfigError(f"probes.labels.{name} is missing at every row of {store.id}.")
     return found
 
 
@@ -103,17 +103,22 @@ def _is_regression(values: Shaped[np.ndarray, " row"], kind: str) -> bool:
     return values.dtype.kind in "iu" and len(np.unique(values)) > _MOST_NUMBERS
 
 
-def _as_numbers(values: Shaped[np.ndarray, " row"]) -> Labels:
+def _as_numbers(name: str, values: Shaped[np.ndarray, " row"]) -> Labels:
     try:
         numbers: Any = pd.Series(values).astype("Float64")
         return Labels(numbers.to_numpy(np.float64, na_value=np.nan))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"Labels to be regressed have to be numbers: {error}.") from error
+        raise ConfigError(f"probes.labels.{name}: labels to be regressed have to be numbers ({error}).") from error
 
 
-def _as_classes(values: Shaped[np.ndarray, " row"]) -> Labels:
+def _as_classes(name: str, values: Shaped[np.ndarray, " row"]) -> Labels:
     known = ~pd.isna(values)
-    distinct, codes = np.unique(values[known], return_inverse=True)
+    try:
+        distinct, codes = np.unique(values[known], return_inverse=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"probes.labels.{name}: classes have to be texts, numbers, or yes and no, of one kind ({error})."
+        ) from error
     numbers: Int[np.ndarray, " row"] = np.full(len(values), MISSING, np.int64)
     numbers[known] = codes
     return Labels(numbers, tuple(_name(value) for value in distinct.tolist()))

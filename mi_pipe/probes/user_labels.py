@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from jaxtyping import Shaped
+from pandas.api.types import is_integer_dtype
 
 from mi_pipe.core.canonical import content_hash
 from mi_pipe.core.errors import ConfigError
@@ -43,8 +44,13 @@ def source_hash(path: str) -> str:
 
 
 def function_values(path: str, rows: pd.DataFrame) -> Shaped[np.ndarray, " row"]:
-    """Return what the function says of each row; raises ConfigError unless it is one value a row."""
-    values = np.asarray(load_function(path)(rows))
+    """Return what the function says of each row; raises ConfigError if it fails, or not one value a row comes back."""
+    function = load_function(path)
+    try:
+        values = np.asarray(function(rows))
+    except Exception as error:
+        # Whatever the user's own code raises.
+        raise ConfigError(f"The label's function {path!r} failed: {type(error).__name__}: {error}.") from error
     if values.shape != (len(rows),):
         raise ConfigError(f"The label's function {path!r} gave shape {values.shape} for {len(rows)} rows.")
     return values
@@ -66,9 +72,14 @@ def check_table(path: Path) -> tuple[str, ...]:
 
 
 def table_values(path: Path, rows: pd.DataFrame) -> Shaped[np.ndarray, " row"]:
-    """Return the label of each row, missing where the table has none; raises ConfigError for a key that comes twice."""
+    """Return the label of each row, missing where the table has none; raises ConfigError for a key that comes twice.
+
+    Keys are whole numbers.
+    """
     keys = list(check_table(path))
     table = pd.read_parquet(path, columns=[*keys, LABEL])
+    if not all(is_integer_dtype(table[key]) for key in keys):
+        raise ConfigError(f"{path}: {' and '.join(keys)} have to be whole numbers, none missing.")
     if table.duplicated(keys).any():
         raise ConfigError(f"{path} has two labels for one {' and '.join(keys)}.")
     return rows[keys].merge(table, on=keys, how="left")[LABEL].to_numpy()

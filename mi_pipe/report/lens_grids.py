@@ -55,15 +55,6 @@ def _rows(found: LensReadings, data: Any, depths: np.ndarray) -> list[dict[str, 
     ]
 
 
-def seen(token: str) -> str:
-    """Return a token's text, with a sign for each space if there is nothing else.
-
-    >>> seen("  "), seen(" a")
-    ('␣␣', ' a')
-    """
-    return token if token.strip(" ") else "␣" * len(token)
-
-
 def shade(probability: float) -> int:
     """Return which of ten shades a probability has.
 

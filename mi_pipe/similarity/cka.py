@@ -46,9 +46,9 @@ def cka(
     `cka` is the debiased estimate; `cka_biased` is Kornblith et al.'s, `chance` what the latter comes to on average if
     the rows of one side are permuted; with `n_groups` of at least 2, `standard_error` that of `cka` over groups of
     prompts (as much work again). `effective_rows` and `other_effective_rows` say how many rows the products at a hook
-    point come down to, (Σ‖x‖²)² / Σ‖x‖⁴: where these are few, CKA tells little of the others. `hooks` are names or
-    patterns (`blocks.*.hook_resid_post`), default all; `where` and `with_massive` choose rows as in `compared_sides`.
-    Raises ConfigError as that does, and for fewer than 4 rows.
+    point come down to, (Σ‖x‖²)² / Σ‖x‖⁴: where these are few, CKA tells little of the others. `compared_sides` says
+    what `hooks`, `other_hooks`, `where` and `with_massive` mean. Raises ConfigError as that does, and for fewer than 4
+    rows.
     """
     sides = compared_sides(store, other, hooks, other_hooks, where, with_massive)
     found = _sums(sides, memory_bytes)

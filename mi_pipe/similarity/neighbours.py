@@ -39,10 +39,10 @@ def mutual_neighbours(
 ) -> xr.Dataset:
     """Return `overlap`, and its 95% bootstrap interval over prompts `low` to `high`, as (hook, other_hook).
 
-    Of the rows that `compared_sides` chooses, `n_rows` are drawn with `seed` (all, if there are no more). `centred`
-    takes the mean of these away first; with `other_prompts_only` rows of the same prompt are no neighbours. The
-    attribute `chance` is the overlap of unrelated rows. Raises ConfigError as `compared_sides` does, and for too few
-    rows for `k`.
+    `compared_sides` says what `hooks`, `other_hooks`, `where` and `with_massive` mean; of the rows that it chooses
+    `n_rows` are drawn with `seed` (all, if there are no more). `centred` takes their mean away first; with
+    `other_prompts_only` rows of the same prompt are no neighbours. The attribute `chance` is the overlap of unrelated
+    rows. Raises ConfigError as `compared_sides` does, and for too few rows for `k`.
     """
     sides = compared_sides(store, other, hooks, other_hooks, where, with_massive)
     rng = np.random.default_rng(seed)

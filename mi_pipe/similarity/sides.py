@@ -49,9 +49,11 @@ def compared_sides(
 ) -> tuple[Side, Side]:
     """Return the rows of `store` that `where` picks and the same tokens of `other` (default: `store` itself).
 
-    Rows that are massive at any hook point that is compared are left out unless `with_massive`: one of them outweighs
-    thousands of others in every sum of products. Raises ConfigError if the stores have different tokens at a place, or
-    no row is left, HookPointError for hook points that are not stored.
+    `hooks` are names or patterns (`blocks.*.hook_resid_post`) of `store`, default all; `other_hooks` those of `other`
+    or, where there is none, of `store` on the second side (default `hooks`). Rows that are massive at any hook point
+    that is compared are left out unless `with_massive`: one of them outweighs thousands of others in every sum of
+    products. Raises ConfigError if the stores have different tokens at a place, or no row is left, HookPointError for
+    hook points that are not stored.
     """
     other_hooks = other_hooks if other is not None or other_hooks is not None else hooks
     second = store if other is None else other
@@ -65,7 +67,9 @@ def compared_sides(
     rows, other_rows = _same_tokens(store, second)
     kept = picked[rows] & allowed[other_rows]
     if not kept.any():
-        raise ConfigError(f"No row of {store.id} that {second.id} has too fulfils {where!r} without being massive.")
+        wanted = f"fulfils {where!r}" if where else "is left"
+        without = "" if with_massive else " without being massive"
+        raise ConfigError(f"No row of {store.id} that {second.id} has too {wanted}{without}.")
     return Side(store, chosen, rows[kept]), Side(second, other_chosen, other_rows[kept])
 
 
@@ -94,6 +98,7 @@ def _same_tokens(
         raise ConfigError(
             f"{first.id} and {second.id} are of different tokens (prompt {first.prompt_idx[row]}, position "
             f"{first.pos[row]} is token {first.token_id[row]} in one and "
-            f"{second.token_id[other_rows[differs[0]]]} in the other): harvest both on one prompt set."
+            f"{second.token_id[other_rows[differs[0]]]} in the other). Rows belong together where two models read the "
+            "same tokens: harvest both on one prompt set, which takes models of one tokenizer."
         )
     return rows, other_rows

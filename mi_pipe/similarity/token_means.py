@@ -21,7 +21,7 @@ _BLOCK_ROWS = 4096
 
 def token_means(
     store: ActivationStore,
-    tokens: list[str],
+    tokens: str | list[str],
     *,
     hooks: list[str] | None = None,
     where: str | None = None,
@@ -29,10 +29,14 @@ def token_means(
 ) -> xr.Dataset:
     """Return `mean` (hook, token, d) in float64 and `n_rows` (hook, token) of the rows that are just these tokens.
 
-    A token is written with its leading space: " Mary". Rows massive at a hook point are left out there; `where` picks
-    among the rows; `centred` takes the mean of all the rows that it picks away. Raises ConfigError for a token without
-    rows and for hook points of several widths, HookPointError for one that is not stored.
+    A token is written with its leading space: " Mary"; one that comes twice is taken once. Rows massive at a hook point
+    are left out there; `where` picks among the rows; `centred` takes the mean of all the rows that it picks away.
+    Raises ConfigError for no tokens, for a token without rows and for hook points of several widths, HookPointError for
+    one that is not stored.
     """
+    tokens = [tokens] if isinstance(tokens, str) else list(dict.fromkeys(tokens))
+    if not tokens:
+        raise ConfigError("token_means needs at least one token.")
     chosen = choose_hooks(hooks, store)
     width = common_width(store, chosen)
     rows, which = _rows_of(store, tokens, where)
@@ -43,7 +47,7 @@ def token_means(
         means[place], counts[place] = _means(store, hook, rows[kept], which[kept], len(tokens))
         if centred:
             means[place] -= store.statistics(hook).mean if where is None else store.mean(hook, where)
-    coordinates = {"hook": chosen, "token": list(tokens)}
+    coordinates = {"hook": chosen, "token": tokens}
     figures = {"mean": (("hook", "token", "d"), means), "n_rows": (("hook", "token"), counts)}
     return xr.Dataset(figures, coordinates, {"store": store.id, "where": where or "", "centred": int(centred)})
 
@@ -72,7 +76,7 @@ def _rows_of(
     store: ActivationStore, tokens: list[str], where: str | None
 ) -> tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"]]:
     """Return the rows of the tokens, ascending, and which token each is."""
-    condition = f"token in {list(tokens)!r}"
+    condition = f"token in {tokens!r}"
     rows = store.rows(condition if where is None else f"({where}) and {condition}")
     texts = store.token_table.take(rows, ["text"])["text"].astype(str).to_numpy()
     which = np.full(len(rows), -1)

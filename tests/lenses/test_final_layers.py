@@ -15,6 +15,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from mi_pipe.core.errors import ModelError
@@ -52,6 +54,9 @@ def tiny(kind, folder, store):
     return load_source(resolve_model(str(folder), store, device="cpu"))
 
 
+OPT = {key: LLAMA[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_lens_of_the_last_layer_equals_the_model_s_logits_exactly(kind, tmp_path, store):
     model = tiny(kind, tmp_path / "model", store)
@@ -70,3 +75,12 @@ def test_a_model_whose_logits_come_about_otherwise_is_refused(tmp_path, store):
     residuals, logits = run_residuals(model, torch.arange(6)[None], [2])
     with pytest.raises(ModelError, match="would show other tokens"):
         FinalLayers(model).check(residuals[2], 2 * logits)
+
+
+def test_a_projection_between_the_last_block_and_the_unembedding_is_refused(tmp_path, store, monkeypatch):
+    narrow = OPTConfig(**OPT, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=16)
+    monkeypatch.setitem(KINDS, "opt", lambda: OPTForCausalLM(narrow))
+    model = tiny("opt", tmp_path / "model", store)
+    residuals, logits = run_residuals(model, torch.arange(6)[None], [2])
+    with pytest.raises(ModelError, match="do not take its last residual stream"):
+        FinalLayers(model).check(residuals[2], logits)

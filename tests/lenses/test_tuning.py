@@ -78,6 +78,19 @@ def test_the_best_moment_is_kept_so_that_tuning_never_loses_to_the_logit_lens(fi
     assert not best.bias.any()
 
 
+def test_a_training_that_breaks_down_keeps_the_logit_lens_and_goes_on_where_it_was(final):
+    config = TunedLensConfig(n_steps=2, checkpoint_steps=1, lr=1e30)
+    tuning = Tuning(final, units(), config)
+    tuning.validate([batch_of(2)], None)
+    tuning.step(batch_of(1))
+    tuning.validate([batch_of(2)], [0.0])
+    assert not torch.isfinite(tuning.validation_kl[1, 0])
+    again = Tuning(final, units(), config)
+    again.load(tuning.state())
+    assert again.n_validated == tuning.n_validated == 2
+    assert not again.best()[1].weight.any()
+
+
 def test_a_state_read_back_goes_on_bit_for_bit(final):
     config = TunedLensConfig(n_steps=8, checkpoint_steps=4, lr=0.01)
     whole, first, second = (Tuning(final, units(), config) for _ in range(3))

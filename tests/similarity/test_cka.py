@@ -100,7 +100,7 @@ def test_two_stores_are_compared_at_the_tokens_that_both_have(store):
 def test_stores_of_different_tokens_are_refused(store):
     first = harvest_toy(store, [9, 12, 7])
     second = harvest_toy(store, [9, 11, 8])
-    with pytest.raises(ConfigError, match=r"are of different tokens \(prompt 2, position 1 .*harvest both on one"):
+    with pytest.raises(ConfigError, match=r"of different tokens \(prompt 2, position 1 .* models of one tokenizer"):
         cka(first, second)
 
 

@@ -73,3 +73,11 @@ def test_layers_are_compared_row_by_row(acts):
     expected = 2 * 1.96 * np.std(by_prompt) / np.sqrt(acts.n_prompts)
     assert (one["high"] - one["low"]).item() == pytest.approx(expected, rel=0.35)
     np.testing.assert_allclose(np.diag(found["cosine"]), 1, rtol=1e-5)
+
+
+def test_one_token_may_be_a_text_and_none_is_counted_twice(acts):
+    one, twice = token_means(acts, " 3"), token_means(acts, [" 3", " 5", " 3"])
+    assert twice["token"].values.tolist() == [" 3", " 5"]
+    np.testing.assert_array_equal(one["mean"].sel(token=" 3"), twice["mean"].sel(token=" 3"))
+    with pytest.raises(ConfigError, match="at least one token"):
+        token_means(acts, [])

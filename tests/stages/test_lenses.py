@@ -136,6 +136,10 @@ def test_readers_speak_in_tokens_and_translators_make_the_stored_readings(readin
     frame = readings.to_pandas("induction", "tuned").query("prompt == @prompt and depth == 1")
     np.testing.assert_allclose(frame["entropy"], -(lens.exp() * lens).sum(-1), rtol=1e-4)
     assert top.loc[1, 0] == model.vocabulary.text(int(lens[0].argmax()))
+    second = readings.top("induction", prompt, "tuned", rank=1)
+    assert second.loc[1, 0] == model.vocabulary.text(int(lens[0].topk(2).indices[1]))
+    with pytest.raises(ConfigError, match="has the 3 likeliest tokens, ranks from 0, not rank 3"):
+        readings.top("induction", prompt, rank=3)
 
 
 def test_arrays_open_with_plain_xarray(readings):

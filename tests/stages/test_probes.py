@@ -190,3 +190,23 @@ def test_labels_by_import_path_and_their_identity(store, inputs):
 def test_a_killed_stage_continues_and_ends_with_the_same_bytes(tmp_path, probes, inputs, at):
     result = resume_after_kill(stage, config(), inputs, Store(tmp_path / "other"), at=at)
     assert result.artifact.digest == probes.digest
+
+
+def test_a_move_at_resid_mid_reaches_the_residual_stream_and_not_the_mlp_alone(store, inputs):
+    hooks = ["blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"]
+    wanted = harvest.HarvestConfig(hooks=hooks, precision="float32", device="cpu", store_dtype="float32")
+    given = harvest.Inputs(inputs.model, inputs.prompts)
+    acts = ActivationStore(execute(harvest.STAGE, wanted, given, store).artifact.path)
+    chosen = config(labels={"low": LABELS["low"]}, positions=["last"], causal={"amounts": [2], "max_prompts": 3})
+    found = ProbeSet(execute(STAGE, chosen, Inputs(acts, inputs.model, inputs.prompts), store).artifact.path)
+    deviation = found.find("low", hooks[0], "last")["deviation"]
+    step = 2 * deviation * torch.from_numpy(found.direction("low", hooks[0], "last"))
+    later = found.weights("low", hooks[1], "last")
+    bridge = inputs.model.load("cpu").bridge
+    table = found.causal.query("hook == @hooks[0] and read_hook == @hooks[1] and amount == 2 and direction == 'probe'")
+    for prompt, reading in zip(table["prompt_idx"], table["reading"], strict=True):
+        tokens = torch.from_numpy(inputs.prompts.prompt(int(prompt)).astype(np.int64))[None]
+        _, cache = bridge.run_with_cache(tokens)
+        mid = cache[hooks[0]][0, -1] + step
+        after = mid + bridge.blocks[0].mlp(bridge.blocks[0].ln2(mid[None, None]))[0, 0]
+        assert reading == pytest.approx(float(after @ later["weight"][0] + later["bias"][0]), rel=1e-3, abs=1e-3)
