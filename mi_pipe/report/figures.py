@@ -66,12 +66,14 @@ def lines(
 
     Further options: `x_title`, `y_title`, `caption`, `log_x`, `log_y`, `whole_x`, `from_zero`, `markers`; `band`, the
     columns of each point's interval, with `by`; `keep`, further columns of the data; `families`, line to the family
-    whose colour it has where there are more lines than colours.
+    whose colour it has where there are more lines than colours; `controls`, line to the line whose colour it has.
     """
     by = options.get("by")
     columns = [y] if isinstance(y, str) else list(y)
     series = _series(frame, x, columns, by)
-    looks = _looks([label for label, _, _ in series], options.get("families") or {})
+    controls = options.get("controls") or {}
+    families = {label: controls.get(label, label) for label, _, _ in series} if controls else options.get("families")
+    looks = _looks([label for label, _, _ in series], families or {}, always=bool(controls))
     band = tuple(options.get("band", ()))
     bands = list(zip(*(_series(frame, x, [side], by) for side in band), strict=True))
 
@@ -149,10 +151,10 @@ def _series(frame: pd.DataFrame, x: str, columns: list[str], by: str | None) -> 
     return [(str(key), rows[x], rows[columns[0]]) for key, rows in frame.groupby(by, sort=False, observed=True)]
 
 
-def _looks(labels: Sequence[str], families: Mapping[str, str]) -> list[dict[str, Any]]:
+def _looks(labels: Sequence[str], families: Mapping[str, str], always: bool = False) -> list[dict[str, Any]]:
     """Return label, colour and dashes of each line; a family shares a colour and is named once in the legend."""
     known = [families.get(label, "") for label in labels]
-    if len(labels) <= len(SERIES) or not all(known) or len(set(known)) == 1:
+    if not always and (len(labels) <= len(SERIES) or not all(known) or len(set(known)) == 1):
         known = list(labels)
     order = {name: i for i, name in enumerate(dict.fromkeys(known))}
     looks, seen = [], dict.fromkeys(known, 0)

@@ -1,4 +1,8 @@
-"""The page of steering: metrics and perplexity against the coefficient, what an effect costs, and texts."""
+"""The page of steering: changes of metrics and perplexity against the coefficient, what they cost, and texts.
+
+Changes from coefficient 0 are drawn, not values: their intervals are of the same prompts, and those of values say
+mostly how prompts differ.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +21,7 @@ _N_PROMPTS = 3
 """Prompts whose greedy texts a page shows; the others are in the table of all."""
 _COEFFICIENT = "coefficient, in steps of each direction's scale"
 _MOST = 700.0
-"""Losses above this have no perplexity in float64."""
+"""Changes of the loss above this have no exponential in float64."""
 
 
 def page(artifacts: Sequence[Steering]) -> Page:
@@ -26,55 +30,98 @@ def page(artifacts: Sequence[Steering]) -> Page:
 
 
 def _section(found: Steering) -> tuple[dict[str, Any], list[Figure], dict[str, pd.DataFrame]]:
-    stem, effects, texts = slug(found.id), found.effects(), found.generations()
+    stem, effects, texts, directions = slug(found.id), found.effects(), found.generations(), found.directions()
     written = set(texts["direction"]) if len(texts) else set[str]()
-    names = [name for name in found.directions()["direction"] if name in written]
     figures = [_curve(effects.loc[effects["measure"] == measure], measure, found, stem) for measure in found.measures]
-    figures += _costs(effects, found.tasks, stem)
+    figures += _costs(effects, found, stem)
     section = {
         "name": name_of(found),
         "id": found.id,
         "slug": stem,
-        "summary": found.summary,
+        "summary": _summary(found),
         "positions": found.config["positions"],
-        "directions": found.directions().drop(columns=["layer", "control_of"]),
+        "directions": directions.drop(columns=["layer", "control_of"]),
         "figures": [figure.name for figure in figures],
-        "texts": [{"direction": name, "frame": _shown(texts, name)} for name in names],
+        "texts": [
+            {"direction": name, "prompts": _shown(texts, name)} for name in directions["direction"] if name in written
+        ],
         "has_texts": bool(len(texts)),
         "has_effects": bool(len(effects)),
     }
-    tables = {f"directions-{stem}": found.directions()}
+    tables = {f"directions-{stem}": directions}
     tables |= {f"effects-{stem}": effects} if len(effects) else {}
     tables |= {f"texts-{stem}": texts.drop(columns="token_ids")} if len(texts) else {}
     return section, figures, tables
 
 
+def _summary(found: Steering) -> dict[str, Any]:
+    """Return the main figures under names that say what they are."""
+    figures, metric = dict(found.summary), found.config["metric"]
+    names = {"metric": f"{metric}, model as it is", "metric_there": f"{metric} there", "strongest": "moves it most"}
+    names |= {"perplexity": "perplexity, model as it is", "perplexity_there": "perplexity there"}
+    order = ["n_directions", "metric", "strongest", "metric_there", "perplexity", "perplexity_there"]
+    return {names.get(key, key): figures[key] for key in order if key in figures}
+
+
+def _controls(found: Steering) -> dict[str, str]:
+    """Return the direction of each random one."""
+    table = found.directions()
+    random = table.loc[table["control_of"] != ""]
+    return dict(zip(random["direction"], random["control_of"], strict=True))
+
+
 def _curve(effects: pd.DataFrame, measure: str, found: Steering, stem: str) -> Figure:
-    """Draw a metric, or the perplexity, against the coefficient, one line a direction, with 95% intervals."""
-    is_loss = measure == LOSS
-    columns = ["mean", "low", "high"]
-    frame = (
-        effects.assign(**{name: _perplexity(effects[name].to_numpy(float)) for name in columns}) if is_loss else effects
-    )
-    what = "perplexity of text" if is_loss else f"{found.config['metric']} on {measure}"
-    top = frame.loc[frame["mean"].idxmin() if is_loss else frame["mean"].idxmax()]
-    best = f"{'lowest' if is_loss else 'highest'} {top['mean']:.4g} under {top['direction']} at {top['coefficient']:g}"
+    """Draw the change of a metric, or the factor of perplexity, against the coefficient, one line a direction."""
+    if measure == LOSS:
+        return _perplexity(effects, found, stem)
+    what, base = f"{found.config['metric']} on {measure}", effects.loc[effects["coefficient"] == 0].iloc[0]
+    top = effects.loc[effects["change"].abs().idxmax()]
     return lines(
-        f"{slug(measure)}-{stem}", what.capitalize() if is_loss else what,
-        f"Lines of {what} against the coefficient of {frame['direction'].nunique()} directions; {best}.",
-        frame, "coefficient", "mean", by="direction", band=("low", "high"), markers=True, log_y=is_loss,
-        x_title=_COEFFICIENT, y_title=what, caption="Bands are 95% bootstrap intervals over prompts.",
+        f"{slug(measure)}-{stem}", f"Change of {what}",
+        f"Lines of the change of {what} against the coefficient of {effects['direction'].nunique()} directions; the "
+        f"largest is {top['change']:.4g} under {top['direction']} at {top['coefficient']:g}.",
+        effects, "coefficient", "change", by="direction", band=("change_low", "change_high"), markers=True,
+        keep=("mean", "low", "high"), controls=_controls(found), x_title=_COEFFICIENT, y_title=f"change of {what}",
+        caption=f"At 0 it is {_interval(base)}. {_caption(found, 'pair', measure)}",
     )  # fmt: skip
 
 
-def _costs(effects: pd.DataFrame, tasks: Sequence[str], stem: str) -> list[Figure]:
+def _perplexity(effects: pd.DataFrame, found: Steering, stem: str) -> Figure:
+    columns = ["change", "change_low", "change_high"]
+    factors = np.exp(effects[columns].to_numpy(float).clip(max=_MOST))
+    frame = effects.assign(factor=factors[:, 0], low=factors[:, 1], high=factors[:, 2])
+    frame = frame.assign(perplexity=np.exp(frame["mean"].clip(upper=_MOST)))
+    own = np.exp(effects.loc[effects["coefficient"] == 0, ["mean", "low", "high"]].iloc[0])
+    n_tokens = int(found.to_xarray(LOSS)["n_tokens"].sum())
+    worst = frame.loc[frame["factor"].idxmax()]
+    return lines(
+        f"{slug(LOSS)}-{stem}", "Perplexity of text, times the model's own",
+        f"Lines of the factor of perplexity against the coefficient of {frame['direction'].nunique()} directions; the "
+        f"largest is {worst['factor']:.4g} under {worst['direction']} at {worst['coefficient']:g}.",
+        frame, "coefficient", "factor", by="direction", band=("low", "high"), markers=True, log_y=True,
+        keep=("perplexity",), controls=_controls(found), x_title=_COEFFICIENT, y_title="times the model's own",
+        caption=f"The model's own is {_interval(own)}, on {n_tokens:,} tokens. {_caption(found, 'prompt', LOSS)}",
+    )  # fmt: skip
+
+
+def _interval(row: pd.Series) -> str:
+    return f"{row['mean']:.4g} ({row['low']:.4g} to {row['high']:.4g})"
+
+
+def _caption(found: Steering, what: str, measure: str) -> str:
+    n_prompts = found.to_xarray(measure).sizes[what]
+    dashed = " Dashed: random directions with steps of the same length." if _controls(found) else ""
+    return f"Bands are 95% bootstrap intervals of changes on the same {n_prompts} prompts.{dashed}"
+
+
+def _costs(effects: pd.DataFrame, found: Steering, stem: str) -> list[Figure]:
     """Draw each task's change of the metric against the change of the loss, if both were measured."""
     if effects.empty or LOSS not in set(effects["measure"]):
         return []
     keys = ["direction", "coefficient"]
     loss = effects.loc[effects["measure"] == LOSS].set_index(keys)[["change"]].set_axis(["loss"], axis=1)
     figures = []
-    for task in tasks:
+    for task in found.tasks:
         both = effects.loc[effects["measure"] == task].join(loss, on=keys)
         best = both.loc[both["change"].abs().idxmax()]
         alt = (
@@ -84,24 +131,23 @@ def _costs(effects: pd.DataFrame, tasks: Sequence[str], stem: str) -> list[Figur
         figures.append(
             lines(
                 f"cost-{slug(task)}-{stem}", f"What a change costs: {task}", alt, both, "loss", "change",
-                by="direction", markers=True, keep=("coefficient",), x_title="change of the loss on text, nats a token",
-                y_title="change of the metric",
+                by="direction", markers=True, keep=("coefficient",), controls=_controls(found),
+                x_title="change of the loss on text, nats a token", y_title="change of the metric",
+                caption="One point a coefficient, in their order.",
             )
         )  # fmt: skip
     return figures
 
 
-def _perplexity(losses: np.ndarray) -> np.ndarray:
-    return np.exp(np.minimum(losses, _MOST))
-
-
-def _shown(texts: pd.DataFrame, direction: str) -> pd.DataFrame:
-    """Return the greedy texts of the first prompts, prompt by prompt, with every character visible."""
+def _shown(texts: pd.DataFrame, direction: str) -> list[dict[str, Any]]:
+    """Return the greedy texts of the first prompts, a table each, with every character visible."""
     of_it = texts.loc[texts["direction"].isin(["", direction]) & (texts["sample"] == GREEDY)]
     chosen = of_it.loc[of_it["prompt"].isin(sorted(set(of_it["prompt"]))[:_N_PROMPTS])]
-    ordered = chosen.sort_values(["prompt", "coefficient"])
-    return pd.DataFrame({
-        "prompt": [visible(text) for text in ordered["prompt_text"]],
-        "coefficient": ordered["coefficient"].to_numpy(),
-        "continuation": [visible(text) for text in ordered["text"]],
-    })  # fmt: skip
+    return [
+        {"prompt": visible(rows["prompt_text"].iloc[0]), "frame": _table(rows)}
+        for _, rows in chosen.sort_values(["prompt", "coefficient"]).groupby("prompt", sort=False)
+    ]
+
+
+def _table(rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({"coefficient": rows["coefficient"], "continuation": list(map(visible, rows["text"]))})

@@ -1,5 +1,6 @@
 """What can be chosen about steering: directions, coefficients, what is measured, what is written."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -44,8 +45,12 @@ class ProbeDirectionConfig(Config):
 
     label: str
     """What it reads."""
-    position: str = "last"
-    """Where it reads it."""
+    position: str | None = None
+    """Where it reads it; null for the probes' only position, or last."""
+
+    def position_of(self, known: Sequence[str]) -> str:
+        """Return where the probe reads, given at which positions there are probes."""
+        return self.position or (known[0] if len(known) == 1 else "last")
 
 
 class FeatureDirectionConfig(Config):

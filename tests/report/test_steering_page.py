@@ -17,14 +17,19 @@ def found(artifacts) -> Steering:
     return artifact
 
 
-def test_curves_are_effects_and_perplexity_is_the_exponential_of_the_loss(found):
+def test_curves_are_changes_and_perplexity_is_the_exponential_of_the_loss(found):
     metric, perplexity, cost = steering.page([found]).figures
     stored = found.to_xarray("ioi")["metric"].mean("pair").to_numpy()
     np.testing.assert_allclose(metric.data["mean"], stored.reshape(-1), rtol=1e-6)
+    np.testing.assert_allclose(metric.data["change"], (stored - stored[:, [1]]).reshape(-1), atol=1e-6)
     losses = found.to_xarray("loss")
-    weighted = (losses["loss"] * losses["n_tokens"]).sum("prompt") / losses["n_tokens"].sum()
-    np.testing.assert_allclose(perplexity.data["mean"], np.exp(weighted.to_numpy().reshape(-1)), rtol=1e-5)
-    assert (perplexity.data["low"] <= perplexity.data["mean"]).all()
+    weighted = ((losses["loss"] * losses["n_tokens"]).sum("prompt") / losses["n_tokens"].sum()).to_numpy()
+    np.testing.assert_allclose(perplexity.data["perplexity"], np.exp(weighted.reshape(-1)), rtol=1e-5)
+    np.testing.assert_allclose(perplexity.data["factor"], np.exp(weighted - weighted[:, [1]]).reshape(-1), rtol=1e-5)
+    assert (perplexity.data["low"] <= perplexity.data["factor"]).all()
+    n_tokens = int(losses["n_tokens"].sum())
+    assert f"The model's own is {np.exp(weighted[0, 1]):.4g} (" in perplexity.caption
+    assert f"on {n_tokens:,} tokens." in perplexity.caption
     here = cost.data[(cost.data["direction"] == HOSTILE) & (cost.data["coefficient"] == 1)].iloc[0]
     assert here["change"] == pytest.approx(2.0, abs=1e-6)
     assert here["loss"] == pytest.approx(2.0, abs=1e-6)
@@ -34,7 +39,7 @@ def test_texts_stand_prompt_by_prompt_and_are_escaped(found):
     page = steering.page([found])
     (section,) = page.context["sections"]
     (texts,) = section["texts"]
-    assert list(texts["frame"]["coefficient"]) == [-1, 0, 1] * 3
+    assert [list(item["frame"]["coefficient"]) for item in texts["prompts"]] == [[-1, 0, 1]] * 3
     assert len(page.tables[f"texts-{section['slug']}"]) == 30
     plan = PagePlan("steering", "Steering", lambda: page)
     figures = {

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
 from mi_pipe.core.errors import ConfigError, HookPointError, PromptError
+from mi_pipe.models.loading import wrap_hf_model
 from mi_pipe.steering.contrast import from_contrast
 from mi_pipe.steering.direction import Direction
 from mi_pipe.steering.generation import Push, Sampling, continuations, uniform_draws
 from mi_pipe.steering.steer import steer
 from mi_pipe.steering.texts import Writing, steered_texts
-from tests.patching.conftest import D_VOCAB
+from tests.patching.conftest import D_VOCAB, word_tokenizer
 
 HOOK = "blocks.1.hook_resid_pre"
 N_NEW = 7
@@ -66,6 +67,15 @@ def test_cached_greedy_texts_are_those_of_a_plain_hook_loop(model):
         expected = cut(expected) if isinstance(model.module, PreTrainedModel) else expected
         assert continuations(model, tokens, GREEDY, Push(HOOK, added, from_end)) == expected
         assert continuations(model, tokens, GREEDY) != expected
+
+
+def test_a_model_without_keys_and_values_is_run_whole():
+    config = MambaConfig(vocab_size=D_VOCAB, hidden_size=32, num_hidden_layers=3, state_size=4, initializer_range=0.5)
+    torch.manual_seed(0)
+    mamba = wrap_hf_model(AutoModelForCausalLM.from_config(config), word_tokenizer(), "mamba")
+    tokens, added = prompts(), vectors(32)
+    expected = [row[: row.index(0) + 1] if 0 in row else row for row in plain_loop(mamba, tokens, HOOK, added, False)]
+    assert continuations(mamba, tokens, GREEDY, Push(HOOK, added, False)) == expected
 
 
 def test_the_unsteered_text_is_that_of_generate(llama):
