@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flows.recipe import Recipe
 
 _TEXT = "prompts"
+_EVERY_NUMBER = "each"
 
 
 def check_sources(recipe: "Recipe", place: str) -> None:
@@ -52,6 +53,12 @@ def _check_probe(recipe: "Recipe", direction: DirectionConfig, where: str) -> No
         raise ConfigError(f"{where}: the section 'probes' has no label {label!r}.{near} It has {', '.join(known)}.")
     if "linear" not in recipe.probes.fit.kinds:
         raise ConfigError(f"{where} is of a linear probe: add linear to probes.fit.kinds.")
+    positions = recipe.probes.positions
+    position = direction.probe.position_of(positions)
+    if position not in positions and not (_EVERY_NUMBER in positions and position.isdecimal()):
+        raise ConfigError(
+            f"{where}: probe.position is {position!r}; the section 'probes' has positions {', '.join(positions)}."
+        )
 
 
 def check_planned_steering(config: SteeringConfig, hooks: HookMap, model: ModelSource | None) -> None:

@@ -147,7 +147,8 @@ def _direction(
     if item.probe is not None:
         if inputs.probes is None:
             raise ConfigError(f"steering.directions.{name} is of a probe, and there are no probes to take it from.")
-        found = from_probe(inputs.probes, item.probe.label, item.hook or "", item.probe.position)
+        position = item.probe.position_of(inputs.probes.positions)
+        found = from_probe(inputs.probes, item.probe.label, item.hook or "", position)
     else:
         assert item.feature is not None, "the config has one source"
         if inputs.saes is None:

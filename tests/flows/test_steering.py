@@ -82,3 +82,15 @@ def test_mistakes_are_told_in_a_line_before_any_work(command, tmp_path, steering
     code, out, err = command("plan", recipe)
     assert code == 2, out
     assert message in only_line(err)
+
+
+def test_a_probe_is_taken_where_the_section_probes_reads(command, tmp_path):  # noqa: F811
+    read_at = {"everywhere": ["all"], "twice": ["all", "0"], "each": ["each"]}
+    wanted = {"everywhere": None, "twice": "probe.position is 'last'", "each": "probe.position is 'lst'"}
+    for name, positions in read_at.items():
+        label = {"label": "clean", **({"position": "lst"} if name == "each" else {})}
+        probes = {**PROBES, "positions": positions}
+        recipe = write(tmp_path / f"{name}.yaml", **SECTIONS, probes=probes, steering=directions(probe=label))
+        code, _, err = command("plan", recipe)
+        assert code == (2 if wanted[name] else 0), err
+        assert (wanted[name] or "") in err
