@@ -25,7 +25,7 @@ STEERING = {
     "generation": {"n_prompts": 1, "n_tokens": 3},
     "device": "cpu",
 }
-TEXT = {**PAIRS, "n_pairs": 30}
+TEXT = {**PAIRS, "n_pairs": 30, "seed": 1}
 SECTIONS = {"train_model": TOY, "prompts": TEXT, "tasks": {"mine": PAIRS}, "harvest": HARVEST}
 
 
