@@ -71,8 +71,10 @@ def make_task(
     if min(map(len, kept.values())) < _FEWEST_ROWS:
         return "too few rows have a label"
     y = {part: values[rows] for part, rows in kept.items()}
-    if len(np.unique(y["training"])) < _FEWEST_CLASSES:
-        return "every training row has one label"
+    # Of numbers that do not vary there is no R²; of classes training rows alone need more than one.
+    constant = [part for part in y if len(np.unique(y[part])) < _FEWEST_CLASSES]
+    if constant and (not classes or constant[0] == "training"):
+        return f"every {constant[0]} row has one label"
     of_types = None if types is None else {part: types[rows] for part, rows in kept.items()}
     return ProbeTask(Parts(**kept), y, classes, of_types, {part: cluster[rows] for part, rows in kept.items()})
 

@@ -19,11 +19,13 @@ def nearest(
     """
     order = np.arange(len(values)) if order is None else order
     groups = np.arange(len(values)) if groups is None else groups
-    norms = np.linalg.norm(values, axis=1, keepdims=True)
-    unit = np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
+    # Equal rows have one column of products: a matrix product rounds equal columns differently.
+    distinct, which = np.unique(values, axis=0, return_inverse=True)
+    norms = np.linalg.norm(distinct, axis=1, keepdims=True)
+    unit = np.divide(distinct, norms, out=np.zeros_like(distinct), where=norms > 0)
     found = np.empty((len(values), k), np.int64)
     for rows in blocks(len(values)):
-        cosines = unit[rows] @ unit[order].T
+        cosines = (unit[which[rows]] @ unit.T)[:, which[order]]
         cosines[groups[rows, None] == groups[order]] = -np.inf
         found[rows] = order[np.argsort(-cosines, axis=1, kind="stable")[:, :k]]
     return found

@@ -44,6 +44,8 @@ def mutual_neighbours(
     `other_prompts_only` rows of the same prompt are no neighbours. The attribute `chance` is the overlap of unrelated
     rows. Raises ConfigError as `compared_sides` does, and for too few rows for `k`.
     """
+    if n_rows < 1:
+        raise ConfigError(f"n_rows is {n_rows}; it has to be at least 1.")
     sides = compared_sides(store, other, hooks, other_hooks, where, with_massive)
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.permutation(len(sides[0].rows))[:n_rows])

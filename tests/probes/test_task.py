@@ -75,3 +75,10 @@ def test_rare_classes_are_left_out_and_the_others_numbered_anew():
     assert reason.startswith(f"of {len(PARTS.training)} training rows {counts.max()} ")
     assert f" {counts[0]} a" in reason
     assert reason.endswith("; two classes of at least 5000 are needed")
+
+
+@pytest.mark.parametrize("part", ["training", "validation", "test"])
+def test_numbers_that_do_not_vary_are_not_regressed(part):
+    values = np.random.default_rng(0).normal(size=N)
+    values[getattr(PARTS, part)] = 0.5
+    assert make_task(PARTS, Labels(values), None, np.arange(N), ProbeOptions()) == f"every {part} row has one label"

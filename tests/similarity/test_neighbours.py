@@ -52,6 +52,10 @@ def test_equal_rows_are_taken_in_one_random_order(store):
     acts = mapped_store(store, np.repeat(np.eye(3), 40, axis=0), [np.eye(3), 2 * np.eye(3)])
     found = mutual_neighbours(acts, k=4, centred=False)
     assert found["overlap"].values[0, 1] == 1
+    rng = np.random.default_rng(4)
+    turned = np.linalg.qr(rng.normal(size=(48, 48)))[0]
+    often = mapped_store(store, rng.normal(size=(20, 48))[rng.integers(0, 20, 521)], [np.eye(48), turned])
+    assert mutual_neighbours(often, k=10)["overlap"].values[0, 1] == 1, "rounding is no order"
     order = np.random.default_rng(0).permutation(120)
     neighbours = nearest(np.repeat(np.eye(3), 40, axis=0).astype(np.float32), 4, order)
     assert neighbours[0].max() > 4, "not those that happen to stand first in the store"
@@ -73,3 +77,5 @@ def test_a_k_that_there_are_no_rows_for_is_refused(store):
     acts = harvest_toy(store, LENGTHS)
     with pytest.raises(ConfigError, match="k is 50; it has to be at least 1, and there are 29 rows"):
         mutual_neighbours(acts, k=50, n_rows=30)
+    with pytest.raises(ConfigError, match="n_rows is 0"):
+        mutual_neighbours(acts, n_rows=0)
