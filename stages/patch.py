@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mi_pipe.core import atomic
+from mi_pipe.core.errors import StageError
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
@@ -22,7 +23,7 @@ from mi_pipe.patching.choice import chosen_features, chosen_neurons
 from mi_pipe.patching.chunks import Chunk
 from mi_pipe.patching.effects import EFFECTS_FOLDER, PAIRS_FILE, effects_dataset
 from mi_pipe.patching.engine import SHORTCUTS, PatchEngine, make_engine
-from mi_pipe.patching.interventions import Ablation
+from mi_pipe.patching.interventions import Ablation, n_without_others
 from mi_pipe.patching.metrics import find_metric
 from mi_pipe.patching.places import places_mask
 from mi_pipe.patching.runs import PairRuns, run_pairs
@@ -58,9 +59,12 @@ def estimate(config: PatchConfig, inputs: Inputs) -> Estimate:
     plan = make_plan(config, inputs)
     cells = sum(plan.n_pairs * len(layers_of(unit, plan.info)) * math.prod(plan.sizes(unit)) for unit in plan.units)
     missing = [unit for unit in config.units if unit not in plan.units]
-    notes = (f"the model has no {', '.join(missing)}",) if missing else ()
+    notes = [f"the model has no {', '.join(missing)}"] if missing else []
+    if n_alone := n_without_others(config.intervention, plan.groups):
+        alike = "template and length" if config.intervention == "mean_by_position" else "length"
+        notes.append(f"{n_alone} of {plan.n_pairs} pairs are alone of their {alike}, and get their own donor's values")
     # Scratch holds every value once more.
-    return Estimate(2 * cells * _FLOAT_BYTES + _TABLE_BYTES, plan.n_work, "layers", notes)
+    return Estimate(2 * cells * _FLOAT_BYTES + _TABLE_BYTES, plan.n_work, "layers", tuple(notes))
 
 
 def run(config: PatchConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:
@@ -126,11 +130,19 @@ def _hook(plan: Plan, unit: Unit, layer: int) -> str:
 
 
 def _store_base(job: _Job, runs: PairRuns, engine: PatchEngine, error: float, chunk: Chunk) -> None:
-    """Store the two unpatched runs' metrics and the first differing positions, and which engine agreed how well."""
+    """Store the two unpatched runs' metrics and the first differing positions, and which engine agreed how well.
+
+    Raises StageError for metrics that are no finite numbers.
+    """
     key = _key(chunk, _BASE)
     if key in job.work.ledger:
         return
     base, donor = runs.base_metric, runs.donor_metric
+    if not bool((base.isfinite() & donor.isfinite()).all()):
+        raise StageError(
+            f"The metric {job.config.metric} of unpatched runs is not a finite number (pairs of {runs.n_pos} tokens), "
+            f"so that patched runs have nothing to be compared with; the model's dtype is {job.model.dtype}."
+        )
     clean, corrupted = (donor, base) if job.config.direction == "denoising" else (base, donor)
     rows = [values.cpu().numpy() for values in (clean, corrupted, runs.first_change)]
     _save(job.work, key, np.stack(rows))
@@ -215,4 +227,4 @@ def _load(work: Workspace, key: str) -> np.ndarray:
     return np.load(_file(work, key), allow_pickle=False)
 
 
-STAGE = Stage(name="patch", version=3, config=PatchConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="patch", version=4, config=PatchConfig, inputs=Inputs, run=run, estimate=estimate)

@@ -5,6 +5,7 @@ the id, the lock, the disk check, the ledger's clock, the manifest.
 """
 
 import dataclasses
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from mi_pipe.core.progress import Progress
 from mi_pipe.core.store import Store
 from mi_pipe.core.workspace import Workspace
 
+_log = logging.getLogger(__name__)
 Outcome = Literal["Cached", "Resumed", "Completed"]
 DISK_MARGIN = 1.05
 """How much more than its estimate a stage has to find free."""
@@ -62,6 +64,7 @@ class Estimate:
     n_units: int
     unit: str
     notes: tuple[str, ...] = ()
+    """What the user should know of it; logged when the work begins."""
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -143,7 +146,10 @@ def execute(
         if (found := _published(store, name, refs)) is not None:
             return Result(found, "Cached", time.monotonic() - started)
         _drop_stale(store, name)
-        check_disk(store.root, stage.estimate(config, inputs), name)
+        estimate = stage.estimate(config, inputs)
+        check_disk(store.root, estimate, name)
+        for note in estimate.notes:
+            _log.warning("%s: %s", label or name, note)
         sources = input_sources(inputs)
         made_of = MadeOf(stage.name, stage.version, config.identity(), refs, label, _execution(config), sources)
         with told_if_full(store.root, name):

@@ -73,7 +73,10 @@ def main_figures(
     direction: Direction,
     metric: str,
 ) -> dict[str, Scalar]:
-    """Return the metric of both runs, the share of clean prompts answered right, and the head that matters most."""
+    """Return the metric of both runs, the share of clean prompts answered right, and the head that matters most.
+
+    No head is named where the two runs do not differ.
+    """
     figures: dict[str, Scalar] = {
         "n_pairs": len(clean),
         f"clean_{metric}": float(clean.mean()),
@@ -83,6 +86,7 @@ def main_figures(
         figures["clean_accuracy"] = float((clean > 0).mean())
     if heads is not None:
         fraction = effect_fraction(heads.mean(0), np.asarray(clean.mean()), np.asarray(corrupted.mean()), direction)
-        layer, head = np.unravel_index(int(np.nan_to_num(np.abs(fraction)).argmax()), fraction.shape)
-        figures |= {"strongest_head": f"{layer}.{head}", "strongest_head_fraction": float(fraction[layer, head])}
+        if np.isfinite(fraction).any():
+            layer, head = np.unravel_index(int(np.nan_to_num(np.abs(fraction)).argmax()), fraction.shape)
+            figures |= {"strongest_head": f"{layer}.{head}", "strongest_head_fraction": float(fraction[layer, head])}
     return figures

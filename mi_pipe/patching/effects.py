@@ -82,7 +82,8 @@ class PatchEffects(Artifact):
         """Return the fraction of the metric that a patch restores (layer, the unit's axes), of means over pairs.
 
         Denoising: (patched - corrupted) / (clean - corrupted); noising: (patched - clean) / (corrupted - clean).
-        Each cell's means run over the pairs that have it. `n_pos` chooses the pairs of one length.
+        Each cell's means run over the pairs that have it; NaN where clean and corrupted have one mean. `n_pos` chooses
+        the pairs of one length.
         """
         values = self.effects(unit, n_pos)
         measured = values.notnull()
@@ -105,9 +106,7 @@ class PatchEffects(Artifact):
         weights = bootstrap_weights(len(patched), how)
         interval = percentile_interval(weighted_means(weights, changes), how.level)
         drawn = [weighted_means(weights, runs) for runs in (patched, clean, corrupted)]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            drawn_fractions = effect_fraction(drawn[0], drawn[1], drawn[2], self.direction)
-        fractions = percentile_interval(drawn_fractions, how.level)
+        fractions = percentile_interval(effect_fraction(drawn[0], drawn[1], drawn[2], self.direction), how.level)
         columns = {
             "mean": weighted_means(np.ones((1, len(changes))), changes)[0],
             **dict(zip(("low", "high"), interval, strict=True)),

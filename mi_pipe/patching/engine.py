@@ -17,6 +17,8 @@ how much the worst of them was off.
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -26,15 +28,19 @@ from torch import Tensor
 from mi_pipe.models.hook_points import layer_of
 from mi_pipe.models.lean import lean
 from mi_pipe.models.model import Model
+from mi_pipe.patching.between import edits_between, is_between, not_between
 from mi_pipe.patching.block_calls import BlockCalls, Prefix
 from mi_pipe.patching.edits import edited
-from mi_pipe.patching.kept_parts import PAIRS_CHECKED, KeptParts
-from mi_pipe.patching.patches import Patches
+from mi_pipe.patching.kept_parts import KeptParts, checked_pairs
+from mi_pipe.patching.patches import Patches, edited_hook
 from mi_pipe.patching.readout import all_logits, last_logits, read_logits, token_logits
 from mi_pipe.patching.runs import PairRuns
 
 _log = logging.getLogger(__name__)
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest deviation from the model's own logits that is rounding, relative to the largest."""
+CANNOT_RUN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError)
+"""What blocks raise that cannot be called one by one."""
 
 Shortcut = Literal["restart", "kept_parts", "prefix", "last_position", "answer_logits"]
 SHORTCUTS: tuple[Shortcut, ...] = get_args(Shortcut)
@@ -62,16 +68,27 @@ class PlainEngine:
     @torch.no_grad()
     def patched_metric(self, patches: Patches) -> Float[Tensor, " row"]:
         """Return the metric of each patched run, float32."""
+        return self.runs.metric.values(self._logits(patches), self.runs.info.rows(patches.pair))
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise StageError if the sweep patches between attention and MLP, and the model's blocks are not made so."""
         runs = self.runs
-        hook, edit = patches.edited_hook, patches.edit(runs)
-        if hook.endswith(".hook_resid_mid"):
-            # The hook point is the MLP's input alone; what attention adds reaches the residual stream as well.
-            change = edit(base := runs.base[hook][patches.pair]) - base
-            hook, edit = hook.replace("hook_resid_mid", "hook_attn_out"), lambda value: value + change
-        with edited(self.model, hook, edit):
+        if hook := next(filter(is_between, map(edited_hook, runs.donors)), None):
+            itself = PlainEngine(self.model, replace(runs, donors={hook: runs.base[hook]}))
+            found = itself._logits(Patches(hook, torch.arange(runs.n_pairs, device=runs.tokens.device)))
+            error = (found - runs.base_logits).abs().max() / runs.base_logits.abs().max()
+            if not error <= TOLERANCE[self.model.dtype]:
+                raise not_between(self.model.info.architecture, float(error))
+
+    def _logits(self, patches: Patches) -> Float[Tensor, "row n"]:
+        runs, hook = self.runs, patches.edited_hook
+        edits = edits_between(patches, runs) if is_between(hook) else {hook: patches.edit(runs)}
+        with ExitStack() as stack:
+            for name, edit in edits.items():
+                stack.enter_context(edited(self.model, name, edit))
             logits = last_logits(self.model, runs.tokens[patches.pair])
-        info = runs.info.rows(patches.pair)
-        return runs.metric.values(read_logits(logits, info, runs.metric.needs_all_logits), info)
+        return read_logits(logits, runs.info.rows(patches.pair), runs.metric.needs_all_logits)
 
 
 class RestartEngine:
@@ -110,7 +127,7 @@ class RestartEngine:
         and, for what the sweep patches, runs blocks and projections on the base run's own parts; of a few pairs.
         """
         n_layers, n_pos = len(self.calls), self.runs.n_pos
-        pairs = torch.arange(min(self.runs.n_pairs, PAIRS_CHECKED), device=self.runs.tokens.device)
+        pairs = checked_pairs(self.runs)
         starts = {0, n_pos // 2} if "prefix" in self.shortcuts else {0}
         with lean(self.model.module):
             found = [
@@ -118,7 +135,7 @@ class RestartEngine:
                 for layer in sorted({0, n_layers // 2, n_layers - 1})
                 for first_pos in sorted(starts)
             ]
-            kept_error = self.kept.largest_error() if "kept_parts" in self.shortcuts else 0.0
+            kept_error = self.kept.largest_error(only_between="kept_parts" not in self.shortcuts)
         wanted = self.runs.base_logits[pairs]
         error = (torch.stack(found) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9)
         return max(float(error.nan_to_num(nan=torch.inf)), kept_error)
@@ -131,7 +148,7 @@ class RestartEngine:
             enters = layer + hook.endswith("post")
             hidden = patches.edit(runs, first_pos)(runs.residuals[enters][pair, first_pos:])
             return self._run(hidden, enters, prefix)
-        if self.kept.knows(hook) and ("kept_parts" in self.shortcuts or hook.endswith(".hook_resid_mid")):
+        if self.kept.knows(hook) and ("kept_parts" in self.shortcuts or is_between(hook)):
             return self._run(self.kept.after(patches, layer, first_pos), layer + 1, prefix)
         hidden = runs.residuals[layer][pair, first_pos:]
         with edited(self.model, hook, patches.edit(runs, first_pos)):
@@ -167,23 +184,26 @@ def make_engine(
 ) -> tuple[RestartEngine | PlainEngine, float]:
     """Return the fastest engine that agrees with the model, and its largest relative error (0 for plain hooks).
 
-    All `shortcuts` are tried together, then without the last of them, and so on.
+    All `shortcuts` are tried together, then without the last of them, and so on. Raises StageError for resid_mid of
+    models that have none.
     """
     allowed: list[Shortcut] = [name for name in SHORTCUTS if name in shortcuts]
-    tolerance = _TOLERANCE[model.dtype]
+    tolerance = TOLERANCE[model.dtype]
     for chosen in _fallbacks(allowed) if "restart" in allowed else ():
         try:
             engine = RestartEngine(model, runs, chosen)
             error = engine.largest_error()
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as reason:
+        except CANNOT_RUN as reason:
             _log.info("%s with %s cannot be run: %s", model.info.architecture, ", ".join(chosen), reason)
             continue
         if error <= tolerance:
             return engine, error
         _log.info("%s with %s is off by %.1e", model.info.architecture, ", ".join(chosen), error)
-    return PlainEngine(model, runs), 0.0
+    plain = PlainEngine(model, runs)
+    plain.check()
+    return plain, 0.0
 
 
 def _fallbacks(allowed: list[Shortcut]) -> list[list[Shortcut]]:

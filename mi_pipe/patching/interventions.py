@@ -6,6 +6,7 @@ mean_by_position: the mean over the donor prompts of the same template and lengt
 Donor prompts are the corrupted ones when noising (the base run is clean), the clean ones when denoising.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,6 +24,13 @@ from mi_pipe.prompts.prompt_set import PairGroup
 
 Intervention = Literal["patch", "zero", "mean", "mean_by_position", "resample"]
 _PROMPTS_A_RUN = 16
+
+
+def n_without_others(kind: Intervention, groups: Sequence[PairGroup]) -> int:
+    """Return how many pairs have no other to take a mean with, or to draw from: they get their own donor's values."""
+    if kind == "mean_by_position":
+        return sum(n == 1 for group in groups for n in Counter(group.templates).values())
+    return sum(group.n_pairs == 1 for group in groups) if kind == "resample" else 0
 
 
 @dataclass

@@ -3,17 +3,18 @@
 What a patch at z, at the attention's output, at the MLP's neurons or its output writes is the base run's output plus a
 difference that goes through one linear map. The block is then called with its own modules for attention (and MLP)
 returning that, so that everything around them (norms after them, parallel branches) stays the model's own.
-A patch of the residual stream between attention and MLP is a change of what enters the block, under the base
-run's attention. Where one position alone is patched, the block is called on that one alone.
+A patch of the residual stream between attention and MLP enters the block, whose attention adds nothing (between.py says
+why). Where one position alone is patched, the block is called on that one alone.
 """
 
 from collections.abc import Callable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mi_pipe.patching.between import is_between
 from mi_pipe.patching.block_calls import BlockCalls
 from mi_pipe.patching.block_parts import inputs_first
 from mi_pipe.patching.patches import Patches, Read, edited_hook
@@ -21,8 +22,15 @@ from mi_pipe.patching.runs import PairRuns
 
 _Z, _NEURON, _MID = "attn.hook_z", "mlp.hook_post", "hook_resid_mid"
 _ATTN, _MLP, _ATTN_END, _MLP_END = "attn.hook_out", "mlp.hook_out", "hook_attn_out", "hook_mlp_out"
-PAIRS_CHECKED = 2
-"""Shortcuts are compared with the model's own numbers on so many pairs of each batch."""
+_ROWS_CHECKED = 2
+
+
+def checked_pairs(runs: PairRuns) -> Int[Tensor, " row"]:
+    """Return the pairs of a batch on which shortcuts are compared with the model's own numbers.
+
+    A single pair is there twice: arguments that were captured from one row may fit one row alone.
+    """
+    return torch.arange(_ROWS_CHECKED, device=runs.tokens.device) % runs.n_pairs
 
 
 class KeptParts:
@@ -59,10 +67,11 @@ class KeptParts:
         hidden[torch.arange(len(pair), device=pair.device), at - first_pos] = found[:, 0]
         return hidden
 
-    def largest_error(self) -> float:
+    def largest_error(self, only_between: bool = False) -> float:
         """Return the largest relative error of blocks run on their own kept parts, and of the projections' maps."""
         hooks = {edited_hook(hook) for hook in self.runs.donors}
-        return max((self._error(hook) for hook in hooks if self.knows(hook)), default=0.0)
+        wanted = [hook for hook in hooks if self.knows(hook) and (is_between(hook) or not only_between)]
+        return max(map(self._error, wanted), default=0.0)
 
     def _block(self, patches: Patches, layer: int, read: Read) -> Tensor:
         """Call the patched block at the positions that `read` reads, all of which are patched."""
@@ -76,7 +85,7 @@ class KeptParts:
             outputs[_module(end)] = read(base(output)) + change
             return self.calls.call(layer, hidden, outputs=outputs)
         if name == _MID:
-            return self.calls.call(layer, hidden + (donor - read(base(_MID))), outputs=outputs)
+            return self._from_between(layer, donor)
         if name == _MLP_END:
             outputs[_module(parts.mlp)] = read(base(_MLP))
         outputs[_module({_ATTN: parts.attention, _ATTN_END: parts.attention_end, _MLP_END: parts.mlp_end}[name])] = (
@@ -102,21 +111,34 @@ class KeptParts:
             out[rows] = change[rows] @ by_part[part]
         return out
 
+    def _from_between(self, layer: int, between: Float[Tensor, "row few d_model"]) -> Float[Tensor, "row few d_model"]:
+        """Call a block on what its MLP is to read and its residual stream to carry past the MLP."""
+        parts, nothing = self.calls.parts[layer], torch.zeros_like(between)
+        ends = [_module(parts.attention), *([parts.attention_end] if parts.attention_end is not None else [])]
+        return self.calls.call(layer, between, outputs=dict.fromkeys(ends, nothing))
+
     def _error(self, hook: str) -> float:
+        """Compare a block on its own kept parts with the base run, all positions together and the last alone."""
         layer, name = _split(hook)
-        base, parts = (lambda part: self._base(layer)(part)[:PAIRS_CHECKED]), self.calls.parts[layer]
-        enters, leaves = (residual[:PAIRS_CHECKED] for residual in self.runs.residuals[layer : layer + 2])
-        whole = self.calls.call(layer, enters, outputs={_module(parts.attention): base(_ATTN)})
-        errors = [_relative(whole, leaves)]
+        pairs, parts, base = checked_pairs(self.runs), self.calls.parts[layer], self._base(layer)
+        enters, leaves = (residual[pairs] for residual in self.runs.residuals[layer : layer + 2])
+        kept = {_module(parts.attention): base(_ATTN)[pairs]}
+        if name in (_NEURON, _MLP_END):
+            kept[_module(parts.mlp)] = base(_MLP)[pairs]
+        errors = []
+        for at in (slice(None), slice(-1, None)):
+            if name == _MID:
+                found = self._from_between(layer, base(_MID)[pairs][:, at])
+            else:
+                outputs = {module: value[:, at] for module, value in kept.items()}
+                found = self.calls.call(layer, enters[:, at], outputs=outputs)
+            errors.append(_relative(found, leaves[:, at]))
         if name in (_Z, _NEURON):
             projection = self._projection(hook, layer)
             bias = getattr(projection, "bias", None)
-            found = base(name) @ inputs_first(projection)
+            found = base(name)[pairs] @ inputs_first(projection)
             found = found if bias is None else found + bias
-            errors.append(_relative(found, base(_ATTN if name == _Z else _MLP)))
-        if name in (_NEURON, _MLP_END):
-            outputs = {_module(parts.attention): base(_ATTN), _module(parts.mlp): base(_MLP)}
-            errors.append(_relative(self.calls.call(layer, enters, outputs=outputs), leaves))
+            errors.append(_relative(found, base(_ATTN if name == _Z else _MLP)[pairs]))
         return max(errors)
 
     def _base(self, layer: int) -> Callable[[str], Tensor]:

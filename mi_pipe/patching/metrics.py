@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from traceback import extract_tb
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -25,13 +26,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_pipe.core.canonical import content_hash
-from mi_pipe.core.errors import ConfigError, near_names
+from mi_pipe.core.errors import ConfigError, StageError, near_names
 
 Direction = Literal["denoising", "noising"]
-Values = TypeVar("Values", float, np.ndarray, Tensor, xr.DataArray)
+Values = TypeVar("Values", float, np.ndarray, xr.DataArray)
 
 NO_TOKEN = -1
 """Fills up the rows of token sets that have fewer tokens than others."""
+_EQUAL = 1e-6
+"""Metrics that differ by less, as a share of both, are equal: float32 has 24 bits."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,15 @@ METRIC_NAMES = ("logit_diff", *_VOCABULARY_METRICS)
 
 
 def find_metric(name: str) -> Metric:
-    """Return the metric of this name, or the function at `module:callable`; raises ConfigError if there is none."""
+    """Return the metric of this name, or the function at `module:callable`; raises ConfigError if there is none.
+
+    The values of a function of the user's own raise StageError if it fails, or gives anything but one number a row.
+    """
     if name == "logit_diff":
         return LogitDiff()
     if name in _VOCABULARY_METRICS:
         return VocabularyMetric(name, _VOCABULARY_METRICS[name])
-    return VocabularyMetric(name, _imported(name))
+    return VocabularyMetric(name, _checked(name, _imported(name)))
 
 
 def metric_source(name: str) -> str | None:
@@ -176,6 +182,28 @@ def _imported(name: str) -> Callable[[Tensor, PairInfo], Tensor]:
     return function  # pyright: ignore[reportReturnType] (the user's)
 
 
+def _checked(name: str, function: Callable[[Tensor, PairInfo], Tensor]) -> Callable[[Tensor, PairInfo], Tensor]:
+    """Return the user's function, float32 at least; it raises StageError unless it gives one number a row."""
+
+    def values(logits: Float[Tensor, "row d_vocab"], pairs: PairInfo) -> Float[Tensor, " row"]:
+        try:
+            found = function(logits, pairs)
+        except Exception as error:
+            place, reason = extract_tb(error.__traceback__)[-1], str(error).partition("\n")[0]
+            raise StageError(
+                f"The metric {name} raised {type(error).__name__}: {reason} ({place.filename}, line {place.lineno})."
+            ) from error
+        if not isinstance(found, Tensor) or found.shape != logits.shape[:1]:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise StageError(
+                f"The metric {name} returned {shape} for logits {tuple(logits.shape)}; it must return a tensor of one "
+                f"number a row, {(len(logits),)}."
+            )
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    return values
+
+
 def _mean(logits: Float[Tensor, "row token"], tokens: Int[Tensor, "row token"]) -> Float[Tensor, " row"]:
     is_token = tokens != NO_TOKEN
     return logits.where(is_token, 0.0).sum(-1) / is_token.sum(-1)
@@ -198,21 +226,23 @@ def recovered_fraction(patched: Values, clean: Values, corrupted: Values) -> Val
     """Return (patched - corrupted) / (clean - corrupted), the part of the clean metric that denoising restores.
 
     For the figure of a set of pairs give means over pairs: it is the ratio of means, not the mean of ratios.
-    Not a number where clean and corrupted are equal.
+    Not a number where clean and corrupted are equal, to the precision of float32.
 
-    >>> recovered_fraction(1.0, clean=3.0, corrupted=-1.0)
+    >>> float(recovered_fraction(1.0, clean=3.0, corrupted=-1.0))
     0.5
     """
-    return (patched - corrupted) / (clean - corrupted)
+    return _between(patched, corrupted, clean)
 
 
 def lost_fraction(patched: Values, clean: Values, corrupted: Values) -> Values:
     """Return (patched - clean) / (corrupted - clean), the part of the clean metric that noising destroys.
 
-    >>> lost_fraction(2.0, clean=3.0, corrupted=-1.0)
+    Not a number where clean and corrupted are equal, to the precision of float32.
+
+    >>> float(lost_fraction(2.0, clean=3.0, corrupted=-1.0))
     0.25
     """
-    return (patched - clean) / (corrupted - clean)
+    return _between(patched, clean, corrupted)
 
 
 def effect_fraction(patched: Values, clean: Values, corrupted: Values, direction: Direction) -> Values:
@@ -220,3 +250,11 @@ def effect_fraction(patched: Values, clean: Values, corrupted: Values, direction
     if direction == "denoising":
         return recovered_fraction(patched, clean, corrupted)
     return lost_fraction(patched, clean, corrupted)
+
+
+def _between(value: Values, start: Values, end: Values) -> Values:
+    """Return how far a value is on the way from `start` to `end`, NaN where there is no way."""
+    way = end - start
+    is_way = np.abs(way) > _EQUAL * (np.abs(start) + np.abs(end))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.divide(value - start, way) * np.divide(is_way, is_way)  # pyright: ignore[reportReturnType] (kept)

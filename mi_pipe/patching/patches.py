@@ -68,9 +68,12 @@ class Patches:
         return whole + change.to(whole.dtype)
 
     def edit(self, runs: PairRuns, first_pos: int = 0) -> Callable[[Tensor], Tensor]:
-        """Return the hook function that replaces, for values that begin at `first_pos`."""
+        """Return the hook function that replaces, for values that begin at `first_pos`.
+
+        A module's own value may be without batch, (row * pos, width).
+        """
         donor = self.donor(runs, lambda value: value[self.pair, first_pos:])
-        return lambda value: self.replaced(value, donor, first_pos)
+        return lambda value: self.replaced(value.reshape(donor.shape), donor, first_pos).view(value.shape)
 
     def _mask(self, n_pos: int, width: int, first_pos: int) -> Bool[Tensor, "row mask_pos mask_width"] | None:
         device = self.pair.device

@@ -12,6 +12,8 @@ from mi_pipe.models.reading import Reading, listening
 from mi_pipe.patching.readout import last_logits
 from mi_pipe.patching.sae_parts import SAEParts, is_sae_part, plain_hooks
 
+_FLAT_DIMS = 2
+
 
 @torch.no_grad()
 def record(
@@ -20,15 +22,20 @@ def record(
     """Run prompts; return the last position's logits and each hook point's value (pair, pos, width), heads not split.
 
     Names of parts of SAEs among `hooks` need `saes`. `options` go to the model's forward. Raises HookPointError for
-    hook points that only the bridge has.
+    hook points that only the bridge has, and for those that the model gives no value of when it runs.
     """
     found: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor) -> None:
-        found[name] = value.clone()
+        # OPT's MLPs know no batch: their values are (pair * pos, width).
+        found[name] = (
+            value.clone().view(len(tokens), -1, value.shape[-1]) if value.ndim == _FLAT_DIMS else value.clone()
+        )
 
     with listening(model.module, {name: _reading(model, name) for name in plain_hooks(hooks)}, keep):
         logits = last_logits(model, tokens, **options)
+    if missing := [name for name in plain_hooks(hooks) if name not in found]:
+        raise HookPointError(f"The model gave no value of {missing[0]} when it ran. Leave out what is read there.")
     if parts := [name for name in hooks if is_sae_part(name)]:
         assert saes is not None, "parts are of SAEs"
         found |= saes.read(parts, found)

@@ -115,6 +115,7 @@ def run_pairs(
         donors = {hook: ablation.values(model, group, hook, seen[hook]) for hook in plain}
         first_change = torch.zeros_like(first_change)
     if patterns := [hook for hook in hooks if is_pattern(hook)]:
+        assert ablation is None or ablation.needs_tokens, "patterns are those of other runs"
         donors |= z_of_patterns(model, base, donor, patterns)
     return PairRuns(
         tokens=base,

@@ -1,5 +1,6 @@
 """Sweeps: every cell of a unit at a layer patched alone, as rows for an engine."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from mi_pipe.patching.patches import Patches
 from mi_pipe.patching.runs import PairRuns
 from mi_pipe.patching.units import Unit, axes_of, hook_of, is_by_pos, is_local, is_of_sae, n_parts, part_of
 
+_log = logging.getLogger(__name__)
 DEFAULT_BATCH_BYTES = 256 << 20
 _FEWEST_TOKENS, _MOST_TOKENS = 64, 1 << 16
 _WIDTHS_HELD = 12
@@ -69,6 +71,11 @@ def patched_cells(
     for batch in numbered.batches(runs.n_pos, batch_tokens):
         rows = batch.part
         out[rows] = engine.patched_metric(_patches(engine, unit, layer, cells.take(rows), neurons))
+    if n_lost := int(out.isnan().sum()):
+        _log.warning(
+            "%s, layer %d: the metric of %d of %d patched runs is NaN, as if they had not been measured",
+            unit, layer, n_lost, len(out),
+        )  # fmt: skip
     return out
 
 

@@ -1,7 +1,7 @@
-"""The page of activation patching: how much of the metric each patch restores, by layer and position, head or feature.
+"""The page of activation patching: how much of the metric each patch restores, or destroys, by layer and part.
 
 Pairs of one length are shown together, under the tokens of their first clean prompt; every length has its own
-heatmaps, the one with most pairs first. Each heatmap is there as recovered fraction and as the metric's change. Of
+heatmaps, the one with most pairs first. Each heatmap is there as fraction and as the metric's change. Of
 units by part and position, each part is shown at the position where it does most.
 """
 
@@ -38,6 +38,7 @@ _TITLES = {
     "sae_feature": "Chosen SAE features",
     "sae_error": "SAE error",
 }
+_FRACTIONS = {"denoising": "fraction recovered", "noising": "fraction lost"}
 _PARTS = {"head": "head", "kv_head": "key/value head", "neuron": "chosen neuron", "feature": "chosen feature"}
 
 
@@ -84,7 +85,7 @@ def _names(pairs: Sequence[tuple[Figure, Figure]]) -> list[tuple[str, str]]:
 
 
 def _heatmap(effects: PatchEffects, unit: str, n_pos: int | None, stem: str) -> tuple[Figure, Figure]:
-    """Return the heatmaps of one unit: recovered fraction, and the metric's change against the base run."""
+    """Return the heatmaps of one unit: recovered (or lost) fraction, and the metric's change against the base run."""
     runs = effects.to_xarray()
     base = runs["corrupted" if effects.direction == "denoising" else "clean"]
     fractions, changes = effects.recovered(unit, n_pos), (effects.effects(unit, n_pos) - base).mean("pair")
@@ -95,8 +96,7 @@ def _heatmap(effects: PatchEffects, unit: str, n_pos: int | None, stem: str) -> 
     if part is None and "pos" in fractions.dims:
         columns = effects.labels(n_pos)
     layers = [str(layer) for layer in range(len(fraction))] if "layer" in fractions.dims else ["embeddings"]
-    place = np.unravel_index(int(np.nan_to_num(np.abs(fraction), nan=-1.0).argmax()), fraction.shape)
-    leader = f"the largest is {fraction[place]:.3f} at layer {layers[place[0]]}, {columns[place[1]]!r}"
+    share, leader = _FRACTIONS[effects.direction], _leader(fraction, layers, columns)
     title = _title(unit, part is not None, "pos" in fractions.dims)
     size = f"{n_pos}-{stem}" if n_pos is not None else stem
     column_title = _PARTS[part] if part else "token" if "pos" in fractions.dims else ""
@@ -104,14 +104,21 @@ def _heatmap(effects: PatchEffects, unit: str, n_pos: int | None, stem: str) -> 
     what = _metric_name(effects)
     return (
         heatmap(
-            f"{unit}-{size}", title, f"Heatmap of the fraction recovered by patching, {title}; {leader}.",
-            fraction, layers, columns, value_title="fraction recovered", **titles,
+            f"{unit}-{size}", title, f"Heatmap of the {share} by patching, {title}; {leader}.",
+            fraction, layers, columns, value_title=share, **titles,
         ),
         heatmap(
             f"{unit}-metric-{size}", title, f"Heatmap of the change of the {what} by patching, {title}.",
             change, layers, columns, value_title=f"change of {what}", **titles,
         ),
     )  # fmt: skip
+
+
+def _leader(fraction: Float[np.ndarray, "layer column"], layers: Sequence[str], columns: Sequence[str]) -> str:
+    if not np.isfinite(fraction).any():
+        return "the two runs do not differ"
+    layer, column = divmod(int(np.nan_to_num(np.abs(fraction), nan=-1.0).argmax()), len(columns))
+    return f"the largest is {fraction[layer, column]:.3f} at layer {layers[layer]}, {columns[column]!r}"
 
 
 def _title(unit: str, has_part: bool, has_pos: bool) -> str:

@@ -6,10 +6,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
@@ -33,6 +36,11 @@ HF_CONFIGS = {
         **SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=2.0, **LONG
     ),
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, **LONG),
+    "opt": OPTConfig(
+        **SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=N_CTX, init_std=0.2, **SPECIAL
+    ),
+    "bloom": BloomConfig(n_layer=3, hidden_size=32, n_head=4, vocab_size=D_VOCAB, initializer_range=0.2, **SPECIAL),
+    "granite": GraniteConfig(**SIZES, num_key_value_heads=2, residual_multiplier=0.3, **LONG),
 }
 NATIVE = {
     "n_layers": 2,

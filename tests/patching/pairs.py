@@ -66,16 +66,16 @@ def _seen(model: Model, hook: str, tokens: torch.Tensor) -> torch.Tensor:
     seen = []
     with model.edited({hook: lambda value: seen.append(value.clone())}):
         model.logits(tokens)
-    return seen[0]
+    return seen[0].view(len(tokens), -1, seen[0].shape[-1])  # OPT's MLPs know no batch
 
 
 def _edits(hook: str, given: torch.Tensor, own: torch.Tensor, rows: slice, columns: slice):
     """Put the donor's value into rows and columns; between attention and MLP, into what the block adds up as well."""
 
     def put(value):
-        value = value.clone()
-        value[:, rows, columns] = given[:, rows, columns]
-        return value
+        new = value.reshape(given.shape).clone()
+        new[:, rows, columns] = given[:, rows, columns]
+        return new.view(value.shape)
 
     if not hook.endswith("hook_resid_mid"):
         return {hook: put}

@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
-from mi_pipe.core.errors import ConfigError
+from mi_pipe.core.errors import ConfigError, StageError
 from mi_pipe.patching.metrics import (
     METRIC_NAMES,
     NO_TOKEN,
@@ -39,6 +40,16 @@ def test_recovered_and_lost_add_up_to_one():
 def test_effect_fraction_follows_the_direction():
     assert effect_fraction(0.0, 3.0, -1.0, "denoising") == 0.25
     assert effect_fraction(0.0, 3.0, -1.0, "noising") == 0.75
+
+
+def test_there_is_no_fraction_between_runs_that_do_not_differ():
+    patched, clean, corrupted = np.array([1.0, 0.5, 0.5]), np.array([0.5, 0.5, 3e6]), np.array([0.5, 0.5, 3e6 + 1.0])
+    for found in (recovered_fraction(patched, clean, corrupted), lost_fraction(patched, clean, corrupted)):
+        assert np.isnan(found).all(), "neither infinite nor any number"
+    assert math.isnan(recovered_fraction(1.0, 0.5, 0.5))
+    of_array = effect_fraction(xr.DataArray(patched, dims="x"), xr.DataArray(0.0), xr.DataArray(0.0), "noising")
+    assert of_array.dims == ("x",)
+    assert bool(of_array.isnull().all())
 
 
 LOGITS = torch.tensor([[1.0, 2.5, -1.0, 0.0], [0.0, 4.0, 3.0, 1.0]], dtype=torch.float64)
@@ -77,6 +88,37 @@ def test_a_function_of_the_users_own_is_found_by_its_import_path():
     assert metric_of_logits(metric, LOGITS, PAIRS).tolist() == [2.0, 0.0]
     assert metric_source(metric.name)
     assert metric_source("kl") is None
+
+
+def mean_logit(logits, pairs):
+    return logits.mean()
+
+
+def is_right(logits, pairs):
+    return logits.argmax(-1) == pairs.answers[:, 0]
+
+
+def of_a_third_answer(logits, pairs):
+    return logits.gather(-1, pairs.answers[:, 2:3])[:, 0] / len(pairs.answers[0, 7])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mean_logit", r"mean_logit returned \(\) for logits \(2, 4\); it must return .* \(2,\)"),
+        ("of_a_third_answer", r"of_a_third_answer raised IndexError: .*test_metrics\.py, line \d+\)"),
+    ],
+)
+def test_a_function_that_fails_or_gives_another_number_of_values_is_told_in_one_sentence(name, message):
+    with pytest.raises(StageError, match=message) as found:
+        metric_of_logits(find_metric(f"{__name__}:{name}"), LOGITS, PAIRS)
+    assert str(found.value).count("\n") == 0
+
+
+def test_a_function_may_return_booleans():
+    found = metric_of_logits(find_metric(f"{__name__}:is_right"), LOGITS, PAIRS)
+    assert found.dtype == torch.float32
+    assert found.tolist() == [1.0, 0.0]
 
 
 def test_unknown_metrics_are_answered_in_one_sentence():
