@@ -53,7 +53,7 @@ class AscentConfig(Config):
     n_candidates: int = Field(default=64, ge=1)
     """Exchanges that are run in a round."""
     n_top: int = Field(default=256, ge=1)
-    """They are drawn at each position from so many tokens of largest first-order effect."""
+    """They are among so many tokens of largest first-order effect at each position."""
     n_near: int = Field(default=5, ge=1)
     """Nearest tokens listed for each position."""
     seed: int = Field(default=0, ge=0)

@@ -1,9 +1,10 @@
 """Greedy coordinate gradient: single tokens of inputs are exchanged, as long as that raises an objective.
 
 The effect of putting token v at position p is, to first order, (e_v - e_p) · ∂m/∂e_p (HotFlip, Ebrahimi et al. 2018).
-A round draws `n_candidates` exchanges, each at a random position with one of the `n_top` tokens of largest effect
-there, runs them all, and takes the best if it is better (GCG, Zou et al. 2023, who take it in any case). One gradient
-and `n_candidates` forwards a round and input. What is found is text that the model can be given, and no worse than its
+A round looks at the `n_top` tokens of largest effect at each position, runs `n_candidates` of these exchanges, half of
+them those of largest effect (as HotFlip does) and half a random choice (as GCG does, Zou et al. 2023), and takes the
+best if it is better. One gradient and `n_candidates` forwards a round and input. Either half alone finds less at the
+same number of forwards (docs/maximisation.md). What is found is text that the model can be given, and no worse than its
 beginning; it is the best input only where all exchanges were run.
 """
 
@@ -49,16 +50,23 @@ class Swaps:
 
     def _candidates(self, tokens: Int[Tensor, "input pos"]) -> Int[Tensor, "input candidate pos"]:
         """Return inputs with one token exchanged."""
-        top = self._first_order(tokens).topk(self._n_top, dim=2).indices
-        n_inputs, n_pos = tokens.shape
-        n_all = n_pos * self._n_top
-        drawn = [torch.randperm(n_all, generator=self._generator)[: self._n_candidates] for _ in range(n_inputs)]
-        which = torch.stack(drawn).to(tokens.device)
+        effects, top = self._first_order(tokens).topk(self._n_top, dim=2)
+        which = self._chosen(effects.flatten(1))
         candidates = tokens[:, None].repeat(1, which.shape[1], 1)
         return candidates.scatter_(2, (which // self._n_top)[..., None], top.flatten(1).gather(1, which)[..., None])
+
+    def _chosen(self, effects: Float[Tensor, "input exchange"]) -> Int[Tensor, "input candidate"]:
+        """Return numbers of exchanges: all if so many are to be run, else the best ones and a random choice."""
+        n_inputs, n_all = effects.shape
+        if n_all <= self._n_candidates:
+            return torch.arange(n_all, device=effects.device).expand(n_inputs, -1)
+        n_drawn = self._n_candidates // 2
+        best = effects.topk(self._n_candidates - n_drawn).indices
+        drawn = [torch.randperm(n_all, generator=self._generator)[:n_drawn] for _ in range(n_inputs)]
+        return torch.cat([best, torch.stack(drawn).to(best.device)], dim=1)
 
     def _first_order(self, tokens: Int[Tensor, "input pos"]) -> Float[Tensor, "input pos d_vocab"]:
         embedded = self._table[tokens].requires_grad_()
         (gradient,) = torch.autograd.grad(self._objective.of_embeddings(embedded).sum(), embedded)
-        effect = gradient @ self._table.T
+        effect = gradient @ self._table.T - (gradient * embedded.detach()).sum(-1, keepdim=True)
         return effect.masked_fill(~self._usable, -torch.inf).scatter(2, tokens[..., None], -torch.inf)

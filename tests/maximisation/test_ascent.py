@@ -99,8 +99,8 @@ def test_swaps_never_make_it_worse(llama):
     assert not set(swapped.token_ids.ravel()) & llama.vocabulary.special_ids
 
 
-def test_exchanges_alone_begin_at_given_tokens_and_reach_the_best_pair_of_two_independent_ones(toy):
-    """Of logits at the first block's input only the last token counts; of a sum over both positions each does."""
+def test_exchanges_alone_begin_at_given_tokens_and_reach_the_best_pair(toy):
+    """Before the first block positions are independent: the best pair is the best token twice."""
     target = Projection(FIRST, DIRECTION)
     found = maximise_input(toy, target, start=[[5, 9], [60, 2]], n_steps=0, n_swaps=40, n_top=63, at="mean")
     assert found.curve.shape == (2, 1)
