@@ -9,13 +9,13 @@ from mi_pipe.models.hook_points import layer_of
 _WITHIN_BLOCK = ("resid_pre", "ln1", "attn", "resid_mid", "ln2", "mlp", "resid_post")
 
 
-def choose_hooks(patterns: list[str] | None, store: ActivationStore) -> list[str]:
+def choose_hooks(patterns: str | list[str] | None, store: ActivationStore) -> list[str]:
     """Return the store's hook points that names and patterns (`*` for a number) mean, by layer, then within the block.
 
     Raises HookPointError for one that the store does not have.
     """
     chosen: dict[str, None] = {}
-    for pattern in patterns or store.hooks:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or store.hooks:
         shape = re.compile(re.escape(pattern).replace(re.escape("*"), r"\d+"))
         found = [hook for hook in store.hooks if shape.fullmatch(hook)]
         if not found:

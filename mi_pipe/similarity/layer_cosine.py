@@ -18,7 +18,7 @@ from mi_pipe.similarity.token_means import common_width
 def layer_cosine(
     store: ActivationStore,
     *,
-    hooks: list[str] | None = None,
+    hooks: str | list[str] | None = None,
     where: str | None = None,
     centred: bool = True,
     with_massive: bool = False,

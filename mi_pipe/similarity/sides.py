@@ -42,8 +42,8 @@ class Side:
 def compared_sides(
     store: ActivationStore,
     other: ActivationStore | None = None,
-    hooks: list[str] | None = None,
-    other_hooks: list[str] | None = None,
+    hooks: str | list[str] | None = None,
+    other_hooks: str | list[str] | None = None,
     where: str | None = None,
     with_massive: bool = False,
 ) -> tuple[Side, Side]:
@@ -69,7 +69,8 @@ def compared_sides(
     if not kept.any():
         wanted = f"fulfils {where!r}" if where else "is left"
         without = "" if with_massive else " without being massive"
-        raise ConfigError(f"No row of {store.id} that {second.id} has too {wanted}{without}.")
+        both = "" if second is store else f" that {second.id} has too"
+        raise ConfigError(f"No row of {store.id}{both} {wanted}{without}.")
     return Side(store, chosen, rows[kept]), Side(second, other_chosen, other_rows[kept])
 
 

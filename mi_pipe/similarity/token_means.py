@@ -23,7 +23,7 @@ def token_means(
     store: ActivationStore,
     tokens: str | list[str],
     *,
-    hooks: list[str] | None = None,
+    hooks: str | list[str] | None = None,
     where: str | None = None,
     centred: bool = True,
 ) -> xr.Dataset:

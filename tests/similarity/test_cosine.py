@@ -81,3 +81,4 @@ def test_one_token_may_be_a_text_and_none_is_counted_twice(acts):
     np.testing.assert_array_equal(one["mean"].sel(token=" 3"), twice["mean"].sel(token=" 3"))
     with pytest.raises(ConfigError, match="at least one token"):
         token_means(acts, [])
+    assert token_means(acts, " 3", hooks=HEADS)["hook"].values.tolist() == [HEADS]
