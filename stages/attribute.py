@@ -228,4 +228,4 @@ def _file(work: Workspace, key: str) -> Path:
     return work.scratch / f"{key}.safetensors"
 
 
-STAGE = Stage(name="attribute", version=1, config=AttributionConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="attribute", version=2, config=AttributionConfig, inputs=Inputs, run=run, estimate=estimate)

@@ -71,4 +71,4 @@ def _inhibitors(evidence: pd.DataFrame, thresholds: Thresholds) -> tuple[list[He
     return [(int(layer), int(head)) for layer, head in found], receivers
 
 
-STAGE = Stage(name="heads", version=2, config=HeadsConfig, inputs=Inputs, run=run, estimate=estimate)
+STAGE = Stage(name="heads", version=3, config=HeadsConfig, inputs=Inputs, run=run, estimate=estimate)

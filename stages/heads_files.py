@@ -23,11 +23,11 @@ from mi_pipe.attention.pattern_store import write_patterns
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.heads import name_copying, random_sequences
-from mi_pipe.heads.attribution import Attribution
 from mi_pipe.heads.classes import CLASSES, classify, criteria, criteria_record
 from mi_pipe.heads.composition import KINDS, random_baseline
+from mi_pipe.heads.direct_logit_attribution import DirectLogitAttribution
 from mi_pipe.heads.evidence import logit_share, place_evidence, prompts_evidence, with_columns
-from mi_pipe.heads.prompt_attention import HABITS, place_positions
+from mi_pipe.heads.prompt_attention import HABITS, named_positions
 from mi_pipe.models.info import ModelInfo
 from stages.heads_plan import HeadsConfig, HeadsPlan, TaskPlan, batch_key
 from stages.heads_units import REFUSED, Units
@@ -125,7 +125,7 @@ class HeadsFiles:
         self._write(f"{ATTENTION_FOLDER}/{task.name}.zarr", arrays, task, labels)
 
     def _write_attribution(self, task: TaskPlan) -> None:
-        parts = [field.name for field in fields(Attribution)]
+        parts = [field.name for field in fields(DirectLogitAttribution)]
         arrays = {part: (("pair", *_BY_PART.get(part, ())), self._chunks(task, part)) for part in parts}
         how = {
             "metric": "logit_diff",
@@ -191,7 +191,7 @@ def members_of(classes: pd.DataFrame, name: str) -> list[str]:
 
 
 def _places(task: TaskPlan) -> dict[str, np.ndarray]:
-    return place_positions(task.groups[0].places)
+    return named_positions(task.groups[0].places, task.groups[0].n_pos)
 
 
 def _strongest(scores: pd.DataFrame) -> dict[str, Scalar]:

@@ -12,9 +12,9 @@ from mi_pipe.attention.repeats import fitting_period
 from mi_pipe.attention.watching import check_patterns
 from mi_pipe.core.config import Config, Execution
 from mi_pipe.core.errors import HookPointError
-from mi_pipe.heads.attribution import check_attribution
 from mi_pipe.heads.classes import Thresholds
 from mi_pipe.heads.composition import KINDS
+from mi_pipe.heads.direct_logit_attribution import check_direct_logit_attribution
 from mi_pipe.heads.evidence import TASK_PLACES
 from mi_pipe.heads.random_sequences import REPEATS
 from mi_pipe.models.device import pick_device
@@ -146,7 +146,7 @@ def make_plan(config: HeadsConfig, inputs: Inputs) -> HeadsPlan:
     hooks, info = source_hooks(inputs.model)
     check_patterns(hooks, info.n_layers)
     refused = {}
-    for part, check in (("weights", check_head_weights), ("attribution", check_attribution)):
+    for part, check in (("weights", check_head_weights), ("attribution", check_direct_logit_attribution)):
         try:
             check(hooks, info)
         except HookPointError as reason:

@@ -15,13 +15,13 @@ from mi_pipe.attention.repeats import measure_repeats, repeated_sequences
 from mi_pipe.core import atomic
 from mi_pipe.core.errors import ModelError, StageError
 from mi_pipe.core.workspace import Workspace
-from mi_pipe.heads.attribution import Attribution, attribute_logit_diff
 from mi_pipe.heads.composition import KINDS, composition
+from mi_pipe.heads.direct_logit_attribution import DirectLogitAttribution, direct_logit_attribution
 from mi_pipe.heads.eigenvalue_copying import full_ov_eigenvalue_copying, ov_eigenvalue_copying, token_map
 from mi_pipe.heads.folding import folded_weights
 from mi_pipe.heads.inhibition import Head, InhibitionPrompts, attention_losses
 from mi_pipe.heads.name_copying import PLACES, Names, name_copying, read_names
-from mi_pipe.heads.prompt_attention import measure_attention, place_positions
+from mi_pipe.heads.prompt_attention import measure_attention, named_positions
 from mi_pipe.heads.random_sequences import Sequences, measure_random, random_sequences
 from mi_pipe.models.head_weights import HeadWeights, head_weights
 from mi_pipe.models.model import Model
@@ -111,7 +111,7 @@ class Measurements:
     def _pairs(self, chunk: Chunk) -> Arrays:
         """Return attention on the clean prompts of a chunk, and the attribution of their logit difference."""
         group = chunk.group
-        places = place_positions(group.places)
+        places = named_positions(group.places, group.n_pos)
         where = np.stack(list(places.values()), 1) if places else np.zeros((group.n_pairs, 0), np.int64)
         attention = measure_attention(self.model, group.clean, where)
         return {"habits": attention.habits, "places": attention.places} | self._attribution(chunk)
@@ -122,11 +122,11 @@ class Measurements:
             return {}
         group = chunk.group
         try:
-            found = attribute_logit_diff(self.model, group.clean, group.answer, group.wrong)
+            found = direct_logit_attribution(self.model, group.clean, group.answer, group.wrong)
         except (StageError, ModelError) as reason:
             _log.warning("%s", reason)
             return {REFUSED: np.frombuffer(str(reason).encode(), np.uint8)}
-        return {field.name: getattr(found, field.name) for field in fields(Attribution)}
+        return {field.name: getattr(found, field.name) for field in fields(DirectLogitAttribution)}
 
     def _weights(self, units: Units) -> None:
         plan = self.plan

@@ -68,7 +68,7 @@ def _duplicates(runs: Runs, scores: HeadScores) -> Comparison:
     attention, at_s2 = _attention(scores, "s2", "s1"), _fall_at(runs.at_place("s2"), "s2")
     heads = chosen(attention, at_s2, max(layer for layer, _ in inhibitors))
     through = _fall_through(runs.paths(receivers, heads), "inhibition heads' values", runs.info)
-    beside = [_score(scores, "duplicate_token"), through, _attention(scores, "s2", "s1_next")]
+    beside = [_score(scores, "duplicate_token"), through, _attention(scores, "s2", "s1+1")]
     return Comparison("Duplicate tokens", attention, at_s2, beside)
 
 

@@ -80,6 +80,11 @@ class AttentionListener(Protocol):
         ...
 
 
+def only_watch(layer: int, call: AttentionCall) -> None:
+    """Listen and change nothing: attention is computed here all the same."""
+    del layer, call
+
+
 @contextmanager
 def listening_to_attention(model: Model, listener: AttentionListener) -> Generator[None]:
     """Within the block, attention is computed here, and `listener` is asked at each layer.
@@ -124,7 +129,9 @@ def _huggingface(model: Model) -> Generator[None]:
     AttentionMaskInterface.register(_NAME, eager_mask)
     module.set_attn_implementation(_NAME)
     if module.config._attn_implementation != _NAME:
-        raise StageError(f"{model.info.architecture} has an attention of its own, whose q, k and v cannot be had.")
+        raise StageError(
+            f"{model.info.architecture} has an attention of its own, whose q, k and v cannot be had. Leave them out."
+        )
     try:
         yield
     finally:

@@ -10,7 +10,8 @@ activations  one kind at one layer, all its nodes and positions, is a' + alpha (
              effects sum to what patching them all together does, exactly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,17 +41,13 @@ def ig_inputs(
     direction: Direction,
 ) -> Attribution:
     """Return the attribution of every node with gradients averaged on the path of the embeddings."""
-    sites = sites_of(kinds, model.info)
-    base, donor = _both(model, pairs, metric, sites)
-    total: dict[Site, Tensor] = {}
+    ends = _both(model, pairs, metric, sites_of(kinds, model.info))
+    gradients: dict[Site, Tensor] = {}
     for alpha in alphas:
-        start = _between(base.values[_EMBED], donor.values[_EMBED], alpha, direction)
-        run = run_nodes(model, pairs.base, metric, sites, embed=start, with_gradients=True)
-        for site, gradient in run.gradients(sites).items():
-            total[site] = total[site] + wide(gradient) if site in total else wide(gradient)
-    mean = {site: gradient / len(alphas) for site, gradient in total.items()}
-    effects = linear_effects(model, differences(base, donor, sites), mean)
-    return Attribution(effects, summed_over_positions(effects), base.metric, donor.metric)
+        start = ends.between(_EMBED, alpha, direction)
+        run = run_nodes(model, pairs.base, metric, ends.sites, embed=start, with_gradients=True)
+        _add_mean(gradients, run.gradients(ends.sites), len(alphas))
+    return ends.attributed(model, gradients)
 
 
 def ig_activations(
@@ -62,26 +59,41 @@ def ig_activations(
     direction: Direction,
 ) -> Attribution:
     """Return the attribution of every node with gradients averaged on the path of its own kind and layer."""
-    sites = sites_of(kinds, model.info)
-    base, donor = _both(model, pairs, metric, sites)
-    mean: dict[Site, Tensor] = {}
-    for site in sites:
-        found: list[Tensor] = []
+    ends = _both(model, pairs, metric, sites_of(kinds, model.info))
+    gradients: dict[Site, Tensor] = {}
+    for site in ends.sites:
         for alpha in alphas:
-            start = {site: _between(base.values[site], donor.values[site], alpha, direction)}
+            start = {site: ends.between(site, alpha, direction)}
             run = run_nodes(model, pairs.base, metric, [site], start=start, with_gradients=True)
-            found.append(wide(run.gradients([site])[site]))
-        mean[site] = torch.stack(found).mean(0)
-    effects = linear_effects(model, differences(base, donor, sites), mean)
-    return Attribution(effects, summed_over_positions(effects), base.metric, donor.metric)
+            _add_mean(gradients, run.gradients([site]), len(alphas))
+    return ends.attributed(model, gradients)
 
 
-def _both(model: Model, pairs: PairTokens, metric: RunMetric, sites: Sequence[Site]) -> tuple[NodeRun, NodeRun]:
+@dataclass(frozen=True)
+class _Ends:
+    """The two runs that a path joins."""
+
+    sites: list[Site]
+    base: NodeRun
+    donor: NodeRun
+
+    def between(self, site: Site, alpha: float, direction: Direction) -> Tensor:
+        """Return the point alpha on the way from the corrupted value (0) to the clean one (1)."""
+        base, donor = self.base.values[site], self.donor.values[site]
+        clean, corrupted = (donor, base) if direction == "denoising" else (base, donor)
+        return torch.lerp(corrupted, clean, alpha)
+
+    def attributed(self, model: Model, gradients: dict[Site, Tensor]) -> Attribution:
+        """Return what the mean gradients on the path make of the runs' difference."""
+        effects = linear_effects(model, differences(self.base, self.donor, self.sites), gradients)
+        return Attribution(effects, summed_over_positions(effects), self.base.metric, self.donor.metric)
+
+
+def _both(model: Model, pairs: PairTokens, metric: RunMetric, sites: list[Site]) -> _Ends:
     seen = list(dict.fromkeys([_EMBED, *sites]))
-    return run_nodes(model, pairs.base, metric, seen), run_nodes(model, pairs.donor, metric, seen)
+    return _Ends(sites, *(run_nodes(model, tokens, metric, seen) for tokens in (pairs.base, pairs.donor)))
 
 
-def _between(base: Tensor, donor: Tensor, alpha: float, direction: Direction) -> Tensor:
-    """Return the point alpha on the way from the corrupted value (0) to the clean one (1)."""
-    clean, corrupted = (donor, base) if direction == "denoising" else (base, donor)
-    return torch.lerp(corrupted, clean, alpha)
+def _add_mean(total: dict[Site, Tensor], gradients: Mapping[Site, Tensor], n_points: int) -> None:
+    for site, gradient in gradients.items():
+        total[site] = total.get(site, 0) + wide(gradient) / n_points

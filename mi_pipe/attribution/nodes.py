@@ -58,6 +58,13 @@ class Site:
         return "blocks.0.hook_resid_pre" if self.kind == "embed" else f"blocks.{self.layer}.{_HOOKS[self.kind]}"
 
 
+def own_hook(site: Site, hooks: HookMap) -> str:
+    """Return the site's hook point, or the module's own output where the model scales that first (Granite)."""
+    if site.hook not in hooks or hooks[site.hook].module_path is not None:
+        return site.hook
+    return site.hook.replace(".hook_attn_out", ".attn.hook_out").replace(".hook_mlp_out", ".mlp.hook_out")
+
+
 def n_layers_of(kind: Kind, info: ModelInfo) -> int:
     """Return how many layers a kind has: 1 for embed."""
     return 1 if kind == "embed" else info.n_layers

@@ -8,12 +8,13 @@ Steps, for pairs with a base run (patched) and a donor run (gives the values):
 3. run the base prompt with the receivers at these values and everything else free.
 
 Whether MLPs are recomputed changes the answer (then a path may go through them), so it is part of every result. Senders
-are rows of one batch. Step 2 and 3 are whole forward passes: two for each sender (one if the logits receive).
+are rows of one batch. Steps 2 and 3 run only what a sender can change (`path_passes`) where that gives the numbers
+of whole forward passes, which is tried on a few rows first.
 """
 
+import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +22,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_pipe.attribution.atp import PairTokens
-from mi_pipe.attribution.attention_calls import AttentionCall, listening_to_attention
-from mi_pipe.attribution.nodes import Site, sites_of
+from mi_pipe.attribution.isolation import Isolation, PathRows
 from mi_pipe.attribution.path_nodes import MLPs, Receiver, Sender, check_path
-from mi_pipe.attribution.recording import NodeRun, run_nodes
-from mi_pipe.models.model import Edit, Model
-from mi_pipe.patching.readout import last_logits
+from mi_pipe.attribution.path_passes import PathPasses, RestartedPasses, WholePasses, largest_difference
+from mi_pipe.attribution.path_runs import run_both
+from mi_pipe.models.model import Model
+
+_log = logging.getLogger(__name__)
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_ROWS_TRIED = 2
+_SENDERS_TRIED = 3
 
 
 @dataclass(frozen=True)
@@ -37,25 +42,27 @@ class PathEffects:
     base: Float[Tensor, " pair"]
     donor: Float[Tensor, " pair"]
     mlps: MLPs
+    restarted: bool
+    """Whether passes began at the sender's block; whole ones otherwise."""
+    largest_error: float
+    """Of restarted passes, of the rows that were tried, relative to the largest logit."""
 
 
 class PathPatcher:
     """Path patching of the same pairs of one length; the two unpatched runs are made once."""
 
-    def __init__(self, model: Model, pairs: PairTokens, metric: Any, mlps: MLPs = "recomputed") -> None:
+    def __init__(
+        self, model: Model, pairs: PairTokens, metric: Any, mlps: MLPs = "recomputed", restarts: bool = True
+    ) -> None:
         """Make the unpatched runs.
 
         `metric(logits, rows)` gives the metric of rows of last-position logits, `rows` saying of which pair each is.
         """
-        self.model, self.pairs, self.metric = model, pairs, metric
+        self.model, self.pairs, self.metric, self.restarts = model, pairs, metric, restarts
         self.mlps: MLPs = mlps
-        sites = [Site("embed"), *sites_of(["z"], model.info)]
-        sites += [] if model.info.attn_only else sites_of(["mlp_out"], model.info)
+        self.runs = run_both(model, pairs)
         everyone = torch.arange(len(pairs.base), device=pairs.base.device)
-        self.base, self.donor = (
-            run_nodes(model, tokens, lambda logits: metric(logits, everyone), sites)
-            for tokens in (pairs.base, pairs.donor)
-        )
+        self.base, self.donor = (metric(logits, everyone) for logits in (self.runs.base_logits, self.runs.donor_logits))
 
     @torch.no_grad()
     def patched(self, senders: Sequence[Sender], receivers: Sequence[Receiver], batch_rows: int = 64) -> PathEffects:
@@ -64,109 +71,58 @@ class PathPatcher:
         Raises ConfigError if the logits receive beside others, or the model has no such sender or receiver.
         """
         check_path(senders, receivers, self.model.info)
-        n_pairs = len(self.pairs.base)
-        pair = torch.arange(n_pairs, device=self.pairs.base.device).repeat(len(senders))
-        sender = torch.arange(len(senders), device=pair.device).repeat_interleave(n_pairs)
-        found = [
-            self._rows(senders, receivers, pair[start : start + batch_rows], sender[start : start + batch_rows])
-            for start in range(0, len(pair), batch_rows)
-        ]
-        values = torch.cat(found).view(len(senders), n_pairs).T
-        return PathEffects(values, self.base.metric, self.donor.metric, self.mlps)
+        passes, error = self._passes(senders, receivers)
+        device, n_pairs = self.pairs.base.device, len(self.pairs.base)
+        values = torch.empty(len(senders), n_pairs, dtype=self.base.dtype, device=device)
+        for layer in sorted({sender.layer for sender in senders}):
+            here = [i for i, sender in enumerate(senders) if sender.layer == layer]
+            of_layer = [senders[i] for i in here]
+            number = torch.arange(len(here), device=device).repeat_interleave(n_pairs)
+            pair = torch.arange(n_pairs, device=device).repeat(len(here))
+            batches = zip(pair.split(batch_rows), number.split(batch_rows), strict=True)
+            found = [self.metric(self._logits(passes, of_layer, receivers, *batch), batch[0]) for batch in batches]
+            values[here] = torch.cat(found).view(len(here), n_pairs)
+        return PathEffects(values.T, self.base, self.donor, self.mlps, isinstance(passes, RestartedPasses), error)
 
-    def _rows(
+    def _logits(
         self,
+        passes: PathPasses,
         senders: Sequence[Sender],
         receivers: Sequence[Receiver],
         pair: Int[Tensor, " row"],
-        sender: Int[Tensor, " row"],
-    ) -> Float[Tensor, " row"]:
-        tokens = self.pairs.base[pair]
-        isolated = _Isolated(self, senders, receivers, pair, sender)
-        with isolated.running():
-            logits = last_logits(self.model, tokens, use_cache=False)
-        if receivers[0].kind == "logits":
-            return self.metric(logits, pair)
-        with isolated.receiving():
-            return self.metric(last_logits(self.model, tokens, use_cache=False), pair)
+        number: Int[Tensor, " row"],
+    ) -> Float[Tensor, "row d_vocab"]:
+        rows = PathRows(senders, pair, number, passes.first_pos)
+        return passes.patched_logits(Isolation(self.model, self.runs, receivers, self.mlps, rows))
+
+    def _passes(self, senders: Sequence[Sender], receivers: Sequence[Receiver]) -> tuple[PathPasses, float]:
+        """Return restarted passes and how far they were off, or whole ones where they are off too far."""
+        whole = WholePasses(self.model, self.pairs.base)
+        if not self.restarts:
+            return whole, 0.0
+        name = self.model.info.architecture
+        try:
+            restarted = RestartedPasses(self.model, self.pairs.base, self.runs, receivers)
+            error = max(self._error(restarted, whole, sender, receivers) for sender in _spread(senders))
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as reason:
+            _log.info("path patching of %s cannot restart: %s", name, reason)
+            return whole, 0.0
+        if error <= _TOLERANCE[self.model.dtype]:
+            return restarted, error
+        _log.info("path patching of %s restarted is off by %.1e", name, error)
+        return whole, 0.0
+
+    def _error(self, restarted: PathPasses, whole: PathPasses, sender: Sender, receivers: Sequence[Receiver]) -> float:
+        # A single pair is tried twice: what the blocks were called with for one row may fit one row alone.
+        pair = torch.arange(_ROWS_TRIED, device=self.pairs.base.device) % len(self.pairs.base)
+        found = [self._logits(passes, [sender], receivers, pair, pair * 0) for passes in (restarted, whole)]
+        return largest_difference(*found)
 
 
-class _Isolated:
-    """The hooks of steps 2 and 3 for some rows, and what the receivers computed."""
-
-    def __init__(
-        self,
-        patcher: PathPatcher,
-        senders: Sequence[Sender],
-        receivers: Sequence[Receiver],
-        pair: Int[Tensor, " row"],
-        sender: Int[Tensor, " row"],
-    ) -> None:
-        self.model, self.pair = patcher.model, pair
-        self.mlps: MLPs = patcher.mlps
-        self.base, self.donor = patcher.base, patcher.donor
-        self.rows = {node: (sender == i).nonzero().squeeze(1) for i, node in enumerate(senders)}
-        self.receivers = receivers
-        self.received: dict[Receiver, Tensor] = {}
-
-    def running(self) -> ExitStack:
-        """Hold all heads but the senders, and keep what receivers compute."""
-        edits: dict[str, Edit] = {Site("embed").hook: self._with_senders(Site("embed"), only_senders=True)}
-        for layer in range(self.model.info.n_layers):
-            edits[Site("z", layer).hook] = self._with_senders(Site("z", layer))
-            if not self.model.info.attn_only:
-                edits[Site("mlp_out", layer).hook] = self._mlp(Site("mlp_out", layer))
-        return self._under(edits, self._keep)
-
-    def receiving(self) -> ExitStack:
-        """Set the receivers to what they computed."""
-        edits: dict[str, Edit] = {
-            Site("mlp_out", node.layer).hook: lambda _, node=node: self.received[node]
-            for node in self.receivers
-            if node.kind == "mlp"
-        }
-        return self._under(edits, self._replace)
-
-    def _under(self, edits: dict[str, Edit], listener: Any) -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(self.model.edited(edits))
-        if any(node.kind in "qkv" for node in self.receivers):
-            stack.enter_context(listening_to_attention(self.model, listener))
-        return stack
-
-    def _with_senders(self, site: Site, only_senders: bool = False) -> Edit:
-        def edit(value: Tensor) -> Tensor:
-            held = (value if only_senders else self._of(self.base, site)).clone()
-            for node, rows in self.rows.items():
-                if len(rows) and node.site == site:
-                    columns = node.columns(self.model.info)
-                    held[rows, :, columns] = self.donor.values[site][self.pair[rows]][:, :, columns]
-            return held
-
-        return edit
-
-    def _mlp(self, site: Site) -> Edit:
-        hold = self._with_senders(site, only_senders=self.mlps == "recomputed")
-        node = Receiver("mlp", site.layer)
-
-        def edit(value: Tensor) -> Tensor | None:
-            if node in self.receivers:
-                self.received[node] = value
-            return hold(value)
-
-        return edit
-
-    def _of(self, run: NodeRun, site: Site) -> Tensor:
-        return run.values[site][self.pair]
-
-    def _keep(self, layer: int, call: AttentionCall) -> None:
-        for node in self.receivers:
-            if node.kind in "qkv" and node.layer == layer:
-                self.received[node] = getattr(call, node.kind)[:, node.head]
-
-    def _replace(self, layer: int, call: AttentionCall) -> AttentionCall:
-        parts: dict[str, Tensor] = {}
-        for node, value in self.received.items():
-            if node.kind in "qkv" and node.layer == layer:
-                parts.setdefault(node.kind, getattr(call, node.kind).clone())[:, node.head] = value
-        return replace(call, **parts)
+def _spread(senders: Sequence[Sender]) -> list[Sender]:
+    """Return the first, the last and one between, by layer."""
+    ordered = sorted(senders, key=lambda sender: sender.layer)
+    steps = min(_SENDERS_TRIED, len(ordered))
+    return [ordered[i * (len(ordered) - 1) // max(steps - 1, 1)] for i in range(steps)]

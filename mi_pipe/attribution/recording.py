@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_pipe.attribution.attention_calls import AttentionCall, listening_to_attention
-from mi_pipe.attribution.nodes import Kind, Site
+from mi_pipe.attribution.attention_calls import AttentionCall, listening_to_attention, only_watch
+from mi_pipe.attribution.nodes import Kind, Site, own_hook
 from mi_pipe.core.errors import StageError
 from mi_pipe.models.model import Edit, Model
 from mi_pipe.patching.readout import last_logits
@@ -21,6 +21,7 @@ from mi_pipe.patching.readout import last_logits
 RunMetric = Callable[[Float[Tensor, "pair d_vocab"]], Float[Tensor, " pair"]]
 """The metric of every pair from the logits at the last position, float32 at least; differentiable."""
 _INSIDE: tuple[Kind, ...] = ("q", "k", "v")
+_ADDED: tuple[Kind, ...] = ("attn_out", "mlp_out")
 _EMBED = "blocks.0.hook_resid_pre"
 _TOLERANCES = {torch.bfloat16: 0.1, torch.float16: 0.03}
 _TOLERANCE = 1e-3
@@ -61,7 +62,7 @@ def run_nodes(
     """
     run = NodeRun({}, {}, torch.empty(0))
     start = {site: value.detach().requires_grad_(with_gradients) for site, value in (start or {}).items()}
-    edits = _Edits(run, sites, start)
+    edits = _Edits(model, run, sites, start, len(tokens))
 
     def enter(value: Tensor) -> Tensor:
         return (value if embed is None else embed).detach().requires_grad_(with_gradients and not start)
@@ -79,19 +80,26 @@ def run_nodes(
 class _Edits:
     """What is done at hook points and in attention during one run."""
 
-    def __init__(self, run: NodeRun, sites: Sequence[Site], start: Mapping[Site, Tensor]) -> None:
-        self.run, self.start = run, start
+    def __init__(
+        self, model: Model, run: NodeRun, sites: Sequence[Site], start: Mapping[Site, Tensor], n_pairs: int
+    ) -> None:
+        self.run, self.start, self.n_pairs = run, start, n_pairs
         self.sites = {*sites, *start}
         self.looks_into_attention = any(site.is_inside_attention for site in self.sites)
         self.by_hook: list[dict[str, Edit]] = []
         for site in sorted(site for site in self.sites if not site.is_inside_attention):
             is_mid = site.kind == "resid_mid" and site in start
-            self.by_hook += self._mid(site) if is_mid else [{site.hook: self._at(site)}]
+            self.by_hook += self._mid(site) if is_mid else [{own_hook(site, model.hooks): self._at(site)}]
 
     def _at(self, site: Site) -> Edit:
         def edit(value: Tensor) -> Tensor | None:
-            self.run.values[site] = self.start.get(site, value)
-            return self.start.get(site)
+            is_flat = value.ndim == 2  # noqa: PLR2004 (OPT's MLPs know no batch)
+            own = value.unflatten(0, (self.n_pairs, -1)) if is_flat else value
+            kept = self.run.values[site] = self.start.get(site, own)
+            if kept is value and site.kind not in _ADDED:
+                return None
+            # Falcon adds the attention's output to the MLP's in place: what is kept must stay what it was.
+            return kept.clone().reshape(value.shape)
 
         return edit
 
@@ -112,10 +120,6 @@ class _Edits:
         return call
 
 
-def _nothing(layer: int, call: AttentionCall) -> None:
-    del layer, call
-
-
 @torch.no_grad()
 def check_watched_attention(model: Model, tokens: Int[Tensor, "pair pos"]) -> float:
     """Return the largest error of the logits when attention is watched, as a fraction of the largest logit.
@@ -123,7 +127,7 @@ def check_watched_attention(model: Model, tokens: Int[Tensor, "pair pos"]) -> fl
     Raises StageError if it is beyond rounding: the model's attention does more than `attention_calls` knows of.
     """
     own = last_logits(model, tokens, use_cache=False)
-    with listening_to_attention(model, _nothing):
+    with listening_to_attention(model, only_watch):
         watched = last_logits(model, tokens, use_cache=False)
     error = float((watched - own).abs().max() / own.abs().max().clamp_min(1e-9))
     if not error <= _TOLERANCES.get(model.dtype, _TOLERANCE):

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mi_pipe.heads.prompt_attention import HABITS
+from mi_pipe.heads.prompt_attention import AFTER_SUBJECT, HABITS
 
 TASK_PLACES = ("io", "s1", "s2", "end")
-_PAIRS_OF_PLACES = (("end", "io"), ("end", "s1"), ("end", "s2"), ("s2", "s1"), ("s2", "s1_next"))
+_PAIRS_OF_PLACES = (("end", "io"), ("end", "s1"), ("end", "s2"), ("s2", "s1"), ("s2", AFTER_SUBJECT))
 
 
 def prompts_evidence(habits: Sequence[Float[np.ndarray, "pair layer head habit"]]) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ Habits, mean over the queries of a prompt: `attention_entropy` (nats), `first_to
 keys of attention * (query - key), in tokens), and `previous_token` (attention to the token before), the last three over
 queries but the first, which has no choice.
 
-Places are the positions that a task names (indirect objects: io, s1, s2, end), and s1_next, the token after s1, where
+Places are the positions that a task names (indirect objects: io, s1, s2, end), and s1+1, the token after s1, where
 the subject's first mention can be matched by an induction head.
 """
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from mi_pipe.attention.diagonals import diagonal_mean, pattern_entropy
 from mi_pipe.attention.watching import watch_patterns
 from mi_pipe.models.model import Model
+from mi_pipe.patching.places import END, place_positions
 
 HABITS = ("attention_entropy", "first_token_share", "mean_distance", "previous_token")
-NO_PLACE = -1
+AFTER_SUBJECT = "s1+1"
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class PromptAttention:
     """Attention from one named place to another; NaN where a prompt lacks either, or the key is after the query."""
 
 
-def place_positions(places: Mapping[str, Int[np.ndarray, " pair"]]) -> dict[str, Int[np.ndarray, " pair"]]:
-    """Return the positions (-1: none) of a group's named places by name, `end` last, with `s1_next` beside `s1`."""
+def named_positions(places: Mapping[str, Int[np.ndarray, " pair"]], n_pos: int) -> dict[str, Int[np.ndarray, " pair"]]:
+    """Return the positions (-1: none) of a group's named places by name, `end` last, with `s1+1` beside `s1`."""
     found = dict(places)
     if "s1" in found:
-        found["s1_next"] = np.where(found["s1"] >= 0, found["s1"] + 1, NO_PLACE)
-    return {name: found[name] for name in sorted(found, key=lambda name: (name == "end", name))}
+        lengths = np.full(len(found["s1"]), n_pos)
+        found[AFTER_SUBJECT] = place_positions(found, lengths, AFTER_SUBJECT)
+    return {name: found[name] for name in sorted(found, key=lambda name: (name == END, name))}
 
 
 def measure_attention(

@@ -94,6 +94,46 @@ def test_paths_are_those_of_plain_hooks(name, which, mlps):
     assert (found.patched - found.base[:, None]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("mlps", ["recomputed", "frozen"])
+@pytest.mark.parametrize("name", [*tiny.HF_CONFIGS, "native", "native_attn_only"])
+def test_restarted_passes_give_what_whole_ones_do(name, mlps):
+    model, pairs = tiny.model(name), tiny.pairs()
+    tokens, senders = PairTokens(pairs.corrupted, pairs.clean), [Sender("embed"), *every_sender(model.info)]
+    shared = model.info.n_kv_heads - 1
+    for receivers in (
+        [Receiver("logits")],
+        [Receiver("q", 1, 3), Receiver("v", 0, shared)],
+        [Receiver("k", 1, shared)],
+    ):
+        fast, slow = (
+            PathPatcher(model, tokens, metric_by_rows(pairs), mlps, restarts).patched(senders, receivers, batch_rows=5)
+            for restarts in (True, False)
+        )
+        assert (fast.restarted, slow.restarted) == (True, False)
+        assert fast.largest_error < 1e-6
+        # Norms of transformers compute in float32, whatever the model's dtype.
+        assert torch.allclose(fast.patched, slow.patched, atol=2e-5)
+
+
+def test_a_model_whose_blocks_talk_past_each_other_is_run_whole():
+    model, pairs, seen = tiny.model("llama_gqa"), tiny.pairs(), {}
+    tokens, senders = PairTokens(pairs.corrupted, pairs.clean), every_sender(model.info)
+    handles = [
+        model.module.register_forward_pre_hook(lambda _m, args: seen.update(tokens=args[0])),
+        model.blocks[1].register_forward_hook(lambda _m, _a, output: output + 0.01 * seen["tokens"][..., None]),
+    ]
+    try:
+        found, whole = (
+            PathPatcher(model, tokens, metric_by_rows(pairs), restarts=restarts).patched(senders, [Receiver("logits")])
+            for restarts in (True, False)
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not found.restarted
+    assert torch.equal(found.patched, whole.patched)
+
+
 def test_later_senders_do_not_reach_earlier_receivers():
     model, pairs = tiny.model("llama_gqa"), tiny.pairs()
     patcher = PathPatcher(model, PairTokens(pairs.clean, pairs.corrupted), metric_by_rows(pairs))

@@ -7,9 +7,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
@@ -36,6 +38,8 @@ HF_CONFIGS = {
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, **MORE),
     "phi": PhiConfig(**SIZES | {"hidden_size": 32}, **MORE),
     "gemma2": Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, **MORE),
+    "cohere": CohereConfig(**SIZES, num_key_value_heads=2, logit_scale=0.25, **MORE),
+    "granite": GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=3.0, residual_multiplier=0.5, **MORE),
 }
 NATIVE = {"n_layers": 2, "d_model": 24, "n_heads": 4, "d_head": 6, "n_ctx": N_CTX, "d_vocab": D_VOCAB, "seed": 3}
 NATIVE |= {"act_fn": "gelu", "initializer_range": 0.25}

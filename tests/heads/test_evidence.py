@@ -3,7 +3,7 @@ import pytest
 
 from mi_pipe.heads.evidence import logit_share, place_evidence, prompts_evidence
 
-NAMES = ["io", "s1", "s1_next", "s2", "end"]
+NAMES = ["io", "s1", "s1+1", "s2", "end"]
 
 
 def test_attention_between_places_is_a_mean_over_the_pairs_that_have_them():

@@ -7,7 +7,7 @@ from mi_pipe.heads.prompt_attention import (
     attention_habits,
     between_places,
     measure_attention,
-    place_positions,
+    named_positions,
 )
 from tests.circuits.tiny import model, pairs
 from tests.heads.patterns import previous_pattern
@@ -29,9 +29,11 @@ def test_a_previous_token_head_looks_one_back():
 
 
 def test_places_have_the_end_last_and_what_follows_the_subject():
-    found = place_positions({"end": np.array([9, 8]), "s1": np.array([3, -1]), "io": np.array([1, 2])})
-    assert list(found) == ["io", "s1", "s1_next", "end"]
-    assert found["s1_next"].tolist() == [4, -1]
+    found = named_positions({"end": np.array([9, 8]), "s1": np.array([3, -1]), "io": np.array([1, 2])}, 10)
+    assert list(found) == ["io", "s1", "s1+1", "end"]
+    assert found["s1+1"].tolist() == [4, -1]
+    at_the_end = named_positions({"s1": np.array([3, 8])}, 9)
+    assert at_the_end["s1+1"].tolist() == [4, -1], "no position follows the last"
 
 
 def test_attention_between_places_is_read_pair_by_pair_and_nan_where_there_is_none():

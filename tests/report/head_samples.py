@@ -7,7 +7,7 @@ import xarray as xr
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.heads.classes import Thresholds, classify, criteria, criteria_record
 
-PLACES = ["io", "s1", "s1_next", "s2", "end"]
+PLACES = ["io", "s1", "s1+1", "s2", "end"]
 HABITS = ["attention_entropy", "first_token_share", "mean_distance", "previous_token"]
 
 

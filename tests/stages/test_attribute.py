@@ -19,7 +19,7 @@ from mi_pipe.patching.metrics import logit_diff
 from stages import attribute as stage
 from stages.attribute import STAGE, Inputs
 from tests.stages.killed import resume_after_kill
-from tests.stages.toys import toy_corpus, toy_model, toy_task
+from tests.stages.toys import toy_corpus
 
 ALL_KINDS = ["embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "neuron"]
 CONFIG = AttributionConfig(
@@ -29,14 +29,8 @@ CONFIG = AttributionConfig(
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
-def inputs(store) -> Inputs:
-    model = toy_model(store, attn_only=False)
-    return Inputs(model=model, task=toy_task(store, model))
+def inputs(toy) -> Inputs:
+    return Inputs(*toy)
 
 
 @pytest.fixture(scope="module")

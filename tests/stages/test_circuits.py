@@ -16,7 +16,7 @@ from mi_pipe.core.store import Store
 from stages import circuits as stage
 from stages.circuits import STAGE, Inputs
 from tests.stages.killed import resume_after_kill
-from tests.stages.toys import toy_corpus, toy_model, toy_task
+from tests.stages.toys import toy_corpus, toy_task
 
 CONFIG = CircuitsConfig(
     scores=ScoreConfig(max_pairs=6), fractions=(0.05, 0.2, 0.6, 1.0), n_random=2, n_resamples=100, device="cpu",
@@ -25,14 +25,8 @@ CONFIG = CircuitsConfig(
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
-def inputs(store) -> Inputs:
-    model = toy_model(store, attn_only=False)
-    return Inputs(model=model, task=toy_task(store, model))
+def inputs(toy) -> Inputs:
+    return Inputs(*toy)
 
 
 @pytest.fixture(scope="module")

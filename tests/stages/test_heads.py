@@ -9,10 +9,10 @@ from mi_pipe.attention.head_scores import HeadScores
 from mi_pipe.core.errors import ConfigError, PromptError, StageError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
-from mi_pipe.heads.attribution import attribute_logit_diff
 from mi_pipe.heads.classes import Thresholds
 from mi_pipe.heads.composition import composition
-from mi_pipe.heads.prompt_attention import measure_attention, place_positions
+from mi_pipe.heads.direct_logit_attribution import direct_logit_attribution
+from mi_pipe.heads.prompt_attention import measure_attention, named_positions
 from mi_pipe.models.head_weights import head_weights
 from stages import heads as stage
 from stages import heads_units
@@ -147,13 +147,13 @@ def test_attribution_and_attention_are_in_the_order_of_the_pairs(named, named_ta
     model = inputs.model.load("cpu")
     attribution, attention = named.attribution("ioi"), named.attention("ioi")
     assert attention["places"].dims == ("pair", "layer", "head", "from", "to")
-    assert list(attention["to"].to_numpy()) == ["io", "s1", "s1_next", "s2", "end"]
+    assert list(attention["to"].to_numpy()) == ["io", "s1", "s1+1", "s2", "end"]
     for group in named_task.pair_groups():
         of_group = attribution.sel(pair=group.pairs)
-        expected = attribute_logit_diff(model, group.clean, group.answer, group.wrong)
+        expected = direct_logit_attribution(model, group.clean, group.answer, group.wrong)
         np.testing.assert_allclose(of_group["heads"], expected.heads, atol=1e-5)
         np.testing.assert_allclose(of_group["logit_diff"], expected.logit_diff, atol=1e-5)
-        places = np.stack(list(place_positions(group.places).values()), 1)
+        places = np.stack(list(named_positions(group.places, group.n_pos).values()), 1)
         measured = measure_attention(model, group.clean, places)
         np.testing.assert_allclose(attention["places"].sel(pair=group.pairs), measured.places, atol=1e-6)
         np.testing.assert_allclose(attention["habits"].sel(pair=group.pairs), measured.habits, atol=1e-5)
@@ -207,9 +207,9 @@ def test_a_task_whose_last_chunk_cannot_be_attributed_has_no_attribution(tmp_pat
         calls.append(given)
         if len(calls) == 2:
             raise StageError("off by 2")
-        return attribute_logit_diff(*given)
+        return direct_logit_attribution(*given)
 
-    monkeypatch.setattr(heads_units, "attribute_logit_diff", refuse_the_second)
+    monkeypatch.setattr(heads_units, "direct_logit_attribution", refuse_the_second)
     given = Inputs(model=inputs.model, tasks=inputs.tasks[:1])
     found = HeadScores(execute(STAGE, CONFIG, given, Store(tmp_path)).artifact.path)
     assert len(calls) == 2, "pairs of two lengths"

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mi_pipe.core.errors import HookPointError, StageError
-from mi_pipe.heads.attribution import attribute_logit_diff, check_attribution
+from mi_pipe.heads.direct_logit_attribution import check_direct_logit_attribution, direct_logit_attribution
 from mi_pipe.models.head_weights import head_weights
 from mi_pipe.models.hook_points import HookMap
 from tests.circuits.reference import Reference, plain
@@ -14,7 +14,7 @@ ROWS = torch.arange(4)
 
 
 def attributed(name):
-    return attribute_logit_diff(model(name), PAIRS.clean, PAIRS.answer, PAIRS.wrong)
+    return direct_logit_attribution(model(name), PAIRS.clean, PAIRS.answer, PAIRS.wrong)
 
 
 @pytest.mark.parametrize("name", [*HF_CONFIGS, *NATIVE_FIELDS])
@@ -87,14 +87,14 @@ def test_heads_behind_a_post_norm_sum_to_what_it_lets_through():
 def test_a_model_that_scales_its_blocks_is_refused():
     here = model("llama_gqa")
     with here.edited({"blocks.1.hook_out": lambda value: value * 1.5}), pytest.raises(StageError, match="do not sum"):
-        attribute_logit_diff(here, PAIRS.clean, PAIRS.answer, PAIRS.wrong)
+        direct_logit_attribution(here, PAIRS.clean, PAIRS.answer, PAIRS.wrong)
 
 
 def test_a_model_without_z_is_refused_before_it_loads():
     here = model("gpt2")
-    check_attribution(here.hooks, here.info)
+    check_direct_logit_attribution(here.hooks, here.info)
     with pytest.raises(HookPointError):
-        check_attribution(HookMap([site for site in here.hooks if "hook_z" not in site.name]), here.info)
+        check_direct_logit_attribution(HookMap([site for site in here.hooks if "hook_z" not in site.name]), here.info)
 
 
 def is_centred(norm):
