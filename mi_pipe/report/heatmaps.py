@@ -16,12 +16,13 @@ from mi_pipe.report.html import rounded, shortened
 _N_STOPS = 24
 _MAX_TICKS = 40
 _LONG_LABEL = 3
+_HATCH = "#c8c8c4"
 
 
 def heatmap(
     name: str, title: str, alt: str, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], **options: Any
 ) -> Figure:
-    """Draw a matrix (row, column), NaN left blank.
+    """Draw a matrix (row, column), NaN left blank, and hatched where 0 would look the same.
 
     Options: `row_title`, `column_title`, `value_title`, `caption`, `diverging` (colours centred at 0), `low` and
     `high` (range of the sequential colours; else that of the data).
@@ -33,6 +34,8 @@ def heatmap(
 
     def draw(axes: Axes) -> None:
         norm = TwoSlopeNorm(0.0, low, high) if is_diverging else Normalize(low, high)
+        if is_diverging:
+            axes.patch.set(hatch="////", edgecolor=_HATCH)
         image = axes.imshow(values, cmap=_colour_map(is_diverging), norm=norm, aspect="auto", interpolation="nearest")
         _label_cells(axes, shown[0], shown[1])
         axes.set_ylabel(titles[0])
@@ -48,7 +51,8 @@ def heatmap(
     })  # fmt: skip
     view = {
         "rows": shown[0], "columns": shown[1], "values": rounded(values), "low": low, "high": high,
-        "row_title": titles[0], "column_title": titles[1], "value_title": titles[2], **colour_stops(is_diverging),
+        "row_title": titles[0], "column_title": titles[1], "value_title": titles[2], "hatch_missing": is_diverging,
+        **colour_stops(is_diverging),
     }  # fmt: skip
     size = (min(2.2 + 0.34 * max(len(columns), 6), 12.0), min(1.5 + 0.3 * max(len(rows), 4), 10.0))
     return Figure(name, title, alt, data, draw, options.get("caption", ""), size, view)

@@ -12,6 +12,7 @@ GRID = "#d9dce3"
 _DARK = {INK: "#e7e9ee", MUTED: "#9aa2b5", GRID: "#343a49"}
 SERIES = ("#2f6fde", "#e8850c", "#1a9f78", "#c2569b", "#46aee0", "#d5533b", "#8a6fd1", "#7c8595")
 _SHORT_SPAN = 100
+_FLAT_SPAN = 3
 _LARGE_TICK = 1e4
 _MAX_NAMED = 12
 _LONG = 36
@@ -69,7 +70,9 @@ def log_scale(axes: Axes, which: Literal["x", "y"]) -> None:
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    if high < low * _SHORT_SPAN:
+    if high < low * _FLAT_SPAN:
+        axis.set_major_locator(MaxNLocator(6))
+    elif high < low * _SHORT_SPAN:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _brief(value)))
     axis.set_minor_formatter(NullFormatter())

@@ -3,10 +3,11 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure as MatplotlibFigure
 
 from mi_pipe.report.figures import bars, histogram, lines, rendered, scatter
 from mi_pipe.report.heatmaps import colour_stops, heatmap
-from mi_pipe.report.style import SERIES
+from mi_pipe.report.style import SERIES, log_scale
 from tests.report.samples import TOKENS
 
 VALUES = np.arange(20.0).reshape(2, 10)
@@ -20,6 +21,7 @@ def every_kind():
         bars("b", "t", "a", frame, "by", "y"),
         histogram("h", "t", "a", {TOKENS[1]: np.array([1.0, np.nan, 2.0])}),
         heatmap("m", "t", "a", VALUES, ["0", "1"], TOKENS),
+        heatmap("d", "t", "a", np.where(VALUES < 4, np.nan, VALUES), ["0", "1"], TOKENS, diverging=True),
     ]
 
 
@@ -87,3 +89,20 @@ def test_the_heatmap_table_has_one_row_a_cell():
     figure = heatmap("m", "t", "a", VALUES, ["0", "1"], TOKENS, row_title="layer", column_title="token")
     assert list(figure.data.columns) == ["layer", "token", "value"]
     assert figure.data.iloc[11].tolist() == ["1", TOKENS[1], 11.0]
+
+
+def test_what_was_not_measured_is_marked_where_zero_is_pale():
+    values = np.array([[np.nan, 0.0, -1.0]])
+    for diverging in (True, False):
+        view = heatmap("h", "H", "h", values, ["0"], ["a", "b", "c"], diverging=diverging).view
+        assert view is not None
+        assert view["values"][0][0] is None
+        assert view["hatch_missing"] is diverging
+
+
+def test_a_narrow_logarithmic_axis_has_several_ticks():
+    axes = MatplotlibFigure().subplots()
+    axes.plot([0, 1], [1.0, 1.03])
+    log_scale(axes, "y")
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3

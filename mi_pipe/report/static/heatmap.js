@@ -37,6 +37,11 @@
         const value = view.values[r][c];
         pen.fillStyle = value == null ? miPipe.css("--sunk") : `rgb(${colour((value - view.low) / (view.high - view.low))})`;
         pen.fillRect(left + c * width, top + r * height, width - gap, height - gap);
+        if (value == null && view.hatch_missing) {
+          pen.strokeStyle = miPipe.css("--muted"); pen.lineWidth = 0.5;
+          pen.beginPath(); pen.moveTo(left + c * width, top + (r + 1) * height - gap);
+          pen.lineTo(left + (c + 1) * width - gap, top + r * height); pen.stroke();
+        }
       }
       labels();
       if (cursor) {
