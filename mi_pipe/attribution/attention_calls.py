@@ -16,8 +16,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.modeling_utils import AttentionInterface
 
 from mi_pipe.core.errors import StageError
 from mi_pipe.models.model import Model
@@ -125,6 +123,10 @@ def _heard(module: nn.Module, call: AttentionCall) -> Float[Tensor, "batch head 
 def _huggingface(model: Model) -> Generator[None]:
     module: Any = model.module
     before = getattr(module.config, "_attn_implementation", None)
+    # Imported late: they take seconds, which a command that only reads plans should not wait for.
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers.modeling_utils import AttentionInterface
+
     AttentionInterface.register(_NAME, _watched_attention)
     AttentionMaskInterface.register(_NAME, eager_mask)
     module.set_attn_implementation(_NAME)

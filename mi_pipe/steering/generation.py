@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from mi_pipe.models.model import Model
 from mi_pipe.patching.readout import last_logits
@@ -99,6 +99,8 @@ def _chosen(logits: Float[Tensor, "row d_vocab"], sampling: Sampling, i: int) ->
 
 def _cache_of(model: Model) -> DynamicCache | None:
     """Return an empty cache, or None for models without one; some that are given one leave it empty (state spaces)."""
+    from transformers import PreTrainedModel  # takes seconds to import
+
     module = model.module
     if not isinstance(module, PreTrainedModel) or "past_key_values" not in signature(module.forward).parameters:
         return None

@@ -58,6 +58,13 @@ def test_failed_steps_are_named_and_the_others_are_made(store):
     assert any(name.startswith("heads-") for name in store.published_ids())
 
 
-def test_importing_flows_loads_nothing_heavy():
-    code = "import flows, sys; print(sorted({'torch', 'prefect', 'dask'} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    ("imported", "heavy"),
+    [
+        ("flows", {"torch", "prefect", "dask"}),
+        ("flows.diagram", {"transformers.modeling_utils", "transformer_lens", "torch._dynamo", "prefect"}),
+    ],
+)
+def test_importing_what_a_plan_needs_loads_nothing_that_takes_seconds(imported, heavy):
+    code = f"import {imported}, sys; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
