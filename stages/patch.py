@@ -18,7 +18,7 @@ from mi_pipe.core.stage import Estimate, Stage
 from mi_pipe.core.workspace import Workspace
 from mi_pipe.models.model import Model
 from mi_pipe.models.source import load_source
-from mi_pipe.patching.assembly import gather_values, main_figures, pair_table, token_arrays
+from mi_pipe.patching.assembly import gather_values, main_figures, pair_table, token_arrays, token_texts
 from mi_pipe.patching.choice import chosen_features, chosen_neurons
 from mi_pipe.patching.chunks import Chunk
 from mi_pipe.patching.effects import EFFECTS_FOLDER, PAIRS_FILE, effects_dataset
@@ -165,7 +165,8 @@ def _assemble(config: PatchConfig, plan: Plan, inputs: Inputs, work: Workspace) 
         )
     tokens = token_arrays(plan.chunks, plan.n_pos)
     pairs, attributes = table["pair"].to_numpy(), _attributes(config, plan, inputs)
-    dataset = effects_dataset(values, clean, corrupted, tokens, pairs, attributes, _chosen(plan, work))
+    coordinates = {"token": (("pair", "pos"), token_texts(table["labels"], plan.n_pos)), **_chosen(plan, work)}
+    dataset = effects_dataset(values, clean, corrupted, tokens, pairs, attributes, coordinates)
     dataset.to_zarr(work.path(EFFECTS_FOLDER), mode="w", zarr_format=3, consolidated=False)
     work.write_table(PAIRS_FILE, table)
     checks = [work.ledger.info(_key(chunk, _BASE)) for chunk in plan.chunks]

@@ -1,10 +1,10 @@
 """From the pieces of a sweep, chunk by chunk, to the arrays, the pair table and the main figures of the artifact."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from mi_pipe.core.manifest import Scalar
 from mi_pipe.patching.chunks import Chunk
@@ -49,6 +49,11 @@ def token_arrays(chunks: list[Chunk], n_pos: int) -> dict[str, Int[np.ndarray, "
         for array, tokens in zip(arrays.values(), (chunk.group.clean, chunk.group.corrupted), strict=True):
             array[chunk.rows, : chunk.group.n_pos] = tokens.numpy()
     return arrays
+
+
+def token_texts(labels: Iterable[Sequence[str]], n_pos: int) -> Shaped[np.ndarray, "pair pos"]:
+    """Return the text of every token of the clean prompts, "" beyond a prompt's end."""
+    return np.array([[*texts, *[""] * (n_pos - len(texts))] for texts in labels], np.dtypes.StringDType())
 
 
 def pair_table(

@@ -172,12 +172,12 @@ def effects_dataset(
     tokens: dict[str, np.ndarray],
     pairs: np.ndarray,
     attributes: Mapping[str, str | list[str]],
-    by_layer: Mapping[str, tuple[tuple[str, ...], np.ndarray]],
+    coordinates: Mapping[str, tuple[tuple[str, ...], np.ndarray]],
 ) -> xr.Dataset:
     """Put a sweep's arrays together: `values` by unit (pair, layer, *axes), metrics (pair), `tokens` (pair, pos).
 
-    Embeddings lie before all layers: theirs are (pair, pos). `by_layer` tells which neurons, SAEs and features were
-    patched: coordinates by name, with dimensions.
+    Embeddings lie before all layers: theirs are (pair, pos). `coordinates`, by name and with dimensions, are texts of
+    tokens, and which neurons and features of each layer were patched.
     """
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         array_of(unit): (("pair", *axes_of(unit)), array[:, 0])
@@ -190,4 +190,4 @@ def effects_dataset(
     dataset = xr.Dataset(variables, attrs={**attributes, "units": list(values)})
     counted = [name for name in ("layer", "pos", "head", "kv_head") if name in dataset.sizes]
     indices = {name: np.arange(dataset.sizes[name], dtype=np.int32) for name in counted}
-    return dataset.assign_coords({**by_layer, "pair": pairs, **indices})
+    return dataset.assign_coords({**coordinates, "pair": pairs, **indices})

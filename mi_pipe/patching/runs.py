@@ -5,6 +5,7 @@ into the corrupted run, noising corrupted values into the clean run. An ablation
 (mi_pipe/patching/interventions.py); the two runs and their metrics stay what they are.
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from mi_pipe.patching.recording import record
 from mi_pipe.patching.sae_parts import SAEParts, plain_hooks
 from mi_pipe.prompts.prompt_set import PairGroup
 
+_log = logging.getLogger(__name__)
 _KEPT = ("attn.hook_out", "mlp.hook_out", "hook_attn_out", "hook_mlp_out")
 """What a block's modules return in the base run, so that they need not be run again."""
 
@@ -100,10 +102,9 @@ def run_pairs(
     clean, corrupted = group.clean.to(model.device), group.corrupted.to(model.device)
     base, donor = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
     plain = [hook for hook in hooks if not is_pattern(hook)]
-    cache = DynamicCache()
     entries = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.info.n_layers)] + ["ln_final.hook_in"]
     wanted = dict.fromkeys([*entries, *_kept(model, hooks), *plain_hooks(plain), *plain])
-    base_logits, seen = record(model, base, list(wanted), saes, past_key_values=cache, use_cache=True)
+    base_logits, seen, keys_values = _base_run(model, base, list(wanted), saes)
     donor_logits, donors = record(model, donor, plain, saes)
     first_change = _first_change(base, donor)
     if ablation is not None and ablation.needs_tokens:
@@ -127,9 +128,22 @@ def run_pairs(
         residuals=[seen[name] for name in entries],
         base=seen,
         donors=donors,
-        keys_values=KeysValues.of_cache(cache),
+        keys_values=keys_values,
         saes=saes,
     )
+
+
+def _base_run(
+    model: Model, tokens: Int[Tensor, "pair pos"], hooks: list[str], saes: SAEParts | None
+) -> tuple[Float[Tensor, "pair d_vocab"], dict[str, Tensor], KeysValues | None]:
+    """Run the base prompts with a cache of keys and values; without where the model keeps other states (LFM2's do)."""
+    cache = DynamicCache()
+    try:
+        logits, seen = record(model, tokens, hooks, saes, past_key_values=cache, use_cache=True)
+    except (TypeError, ValueError, IndexError, AttributeError) as reason:
+        _log.info("%s cannot be run with a plain cache: %s", model.info.architecture, reason)
+        return *record(model, tokens, hooks, saes), None
+    return logits, seen, KeysValues.of_cache(cache)
 
 
 def _info(group: PairGroup, metric: Metric, clean_logits: Float[Tensor, "pair d_vocab"]) -> PairInfo:

@@ -11,6 +11,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
@@ -40,6 +41,7 @@ HF_CONFIGS = {
         **SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=N_CTX, init_std=0.2, **SPECIAL
     ),
     "bloom": BloomConfig(n_layer=3, hidden_size=32, n_head=4, vocab_size=D_VOCAB, initializer_range=0.2, **SPECIAL),
+    "lfm2": Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], **LONG),
     "granite": GraniteConfig(**SIZES, num_key_value_heads=2, residual_multiplier=0.3, **LONG),
 }
 NATIVE = {

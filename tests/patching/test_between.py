@@ -92,3 +92,13 @@ def test_mlps_that_know_no_batch_are_patched_like_others():
         np.testing.assert_allclose(sweep_layer(engine, unit, LAYER, 64), wanted, rtol=1e-4, atol=1e-5)
     of_neurons = [sweep_layer(one, "neuron", LAYER, 64, neurons=[3, 40]) for one in (engine, PlainEngine(model, runs))]
     np.testing.assert_allclose(*of_neurons, rtol=1e-4, atol=1e-5)
+
+
+def test_models_that_keep_other_states_than_keys_and_values_are_patched_without_the_prefix():
+    model, group = make_model("lfm2"), random_pairs(n_pairs=2, n_pos=4)
+    runs = run_pairs(model, group, "denoising", ["blocks.1.hook_resid_pre"])
+    engine, _ = make_engine(model, runs)
+    assert isinstance(engine, RestartEngine)
+    assert "prefix" not in engine.shortcuts
+    wanted = brute_force(model, group, "resid_pre")[:, LAYER]
+    np.testing.assert_allclose(sweep_layer(engine, "resid_pre", LAYER, 64), wanted, rtol=1e-4, atol=1e-5)

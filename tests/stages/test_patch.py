@@ -79,6 +79,11 @@ def test_the_store_opens_with_plain_zarr_and_xarray(effects):
     assert plain.attrs["base_run"] == "corrupted"
     assert plain.attrs["metric"] == "logit_diff"
     assert plain["token_id"].dtype == np.int32
+    for pair, labels in zip(effects.pairs["pair"], effects.pairs["labels"], strict=True):
+        assert "".join(plain["token"].sel(pair=pair).to_numpy()) == "".join(labels)
+    by_pos = effects.to_pandas("resid_pre")
+    assert list(by_pos.columns) == ["pair", "layer", "pos", "token", "value"]
+    assert (by_pos["token"] != "").all()
     frame = effects.to_pandas("head_out")
     assert list(frame.columns) == ["pair", "layer", "head", "value"]
     assert len(frame) == 5 * 2 * 4
