@@ -17,6 +17,7 @@ from mi_pipe.report.probe_effects import effects, short, with_sorts
 _BAND = ("low", "high")
 _MAX_POSITIONS = 4
 _MAPS = ("test", "control", "selectivity")
+_KINDS = {"linear": "linear", "mlp": "MLP"}
 _BEST = [
     "position", "kind", "hook", "l2", "test", "low", "high", "auc", "control", "selectivity", "selectivity_low",
     "selectivity_high", "types_seen", "n_classes", "n_training", "n_test",
@@ -79,7 +80,8 @@ def _label(found: ProbeSet, label: str, stem: str) -> tuple[dict[str, Any], list
 
 def _by_layer(table: pd.DataFrame, position: str, figure: str, stem: str) -> Figure:
     """Draw each kind of probe and its control task by layer, and how well the commonest class would do."""
-    names = pd.Series(with_sorts(table["kind"].tolist(), table["hook"].tolist()), table.index)
+    kinds = [_KINDS[kind] for kind in table["kind"]]
+    names = pd.Series(with_sorts(kinds, table["hook"].tolist()), table.index)
     parts = [_series(table, names, "test", "low", "high")]
     parts.append(_series(table, names + ", control", "control", "control_low", "control_high"))
     if figure == "accuracy":
@@ -93,7 +95,8 @@ def _by_layer(table: pd.DataFrame, position: str, figure: str, stem: str) -> Fig
         f"Position {position}: {figure} on test prompts",
         f"Lines of {figure} by layer; the highest is {top['test']:.3g} at {top['hook']} by a {top['kind']} probe.",
         frame, "layer", "value", by="probe", band=_BAND, whole_x=True, markers=True, x_title="layer", y_title=figure,
-        caption="Bands: 95% by prompt. Control: random labels for each type (Hewitt and Liang 2019).",
+        controls={f"{name}, control": name for name in names},
+        caption="Bands: 95% by prompt. Dashed: the control task, random labels for each type (Hewitt and Liang 2019).",
     )  # fmt: skip
 
 
@@ -118,7 +121,7 @@ def _maps(found: ProbeSet, label: str, kind: str, figure: str, stem: str) -> lis
         drawn.append(
             heatmap(
                 f"{name}-{kind}-{stem}",
-                f"By hook point and position, {kind} probes",
+                f"By hook point and position, {_KINDS[kind]} probes",
                 f"Heatmap of {unit} by hook point and position; the largest is {values[place]:.3g} at "
                 f"{hooks[place[0]]}, {positions[place[1]]}.",
                 values, [short(hook) for hook in hooks], positions, row_title="hook point", column_title="position",
@@ -143,5 +146,8 @@ def _penalties(found: ProbeSet, best: pd.DataFrame, stem: str) -> Figure:
         "Choice of L2, best probe",
         f"Lines of {unit} on training and validation rows by penalty; chosen is {first['l2']:g}.",
         pd.concat(parts, ignore_index=True), "l2", "loss", by="rows", log_x=True, markers=True, x_title="L2",
-        y_title=unit, caption=f"{first['kind']} probe at {first['hook']}, {first['position']}: {first['l2']:g} chosen.",
+        controls={f"{part}, control": part for part in ("training", "validation")},
+        y_title=unit,
+        caption=f"{_KINDS[first['kind']]} probe at {first['hook']}, {first['position']}: {first['l2']:g} chosen. "
+        "Dashed: the control task.",
     )  # fmt: skip

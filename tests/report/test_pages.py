@@ -301,8 +301,8 @@ def test_probes_stand_beside_their_control_task_and_the_best_is_chosen_on_valida
     assert set(curve.index.get_level_values(0)) == {
         "linear",
         "linear, control",
-        "mlp",
-        "mlp, control",
+        "MLP",
+        "MLP, control",
         "commonest class",
     }
     assert "commonest class" not in figures["test-0-1"].data["probe"].tolist(), "a number has no classes"
