@@ -23,9 +23,9 @@ from torch import Tensor
 from mi_pipe.models.hook_points import layer_of
 from mi_pipe.models.model import Model
 from mi_pipe.patching.edits import forced
+from mi_pipe.patching.engine import CANNOT_RUN, TOLERANCE
 
 _log = logging.getLogger(__name__)
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _AFTER_BLOCKS = ("ln_final.", "unembed.", "hook_unembed")
 
 Run = Callable[[Int[Tensor, "row pos"]], Tensor]
@@ -71,9 +71,9 @@ class KnownBlocks:
                 again = run(tokens)
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError):
+        except CANNOT_RUN:
             return False
-        return bool((again - value).abs().max() <= _TOLERANCE[self._model.dtype] * value.abs().max())
+        return bool((again - value).abs().max() <= TOLERANCE[self._model.dtype] * value.abs().max())
 
     def _keep(self, n: int, outputs: list[Tensor], _block: Any, _args: Any, output: Any) -> None:
         self._n_returned[n] = len(output) if isinstance(output, tuple) else 0
