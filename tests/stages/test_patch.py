@@ -4,7 +4,7 @@ import xarray as xr
 import zarr
 
 import mi_pipe
-from mi_pipe.core.errors import ConfigError, PromptError
+from mi_pipe.core.errors import ConfigError, PromptError, StageError
 from mi_pipe.core.stage import execute
 from mi_pipe.core.store import Store
 from mi_pipe.patching.effects import PatchEffects
@@ -133,6 +133,26 @@ def test_a_killed_sweep_continues_and_ends_with_the_same_bytes(tmp_path, effects
     result = resume_after_kill(stage, CONFIG, inputs, Store(tmp_path / "other"), at=5)
     assert result.artifact.digest == effects.digest
     assert result.artifact.manifest.files.keys() == effects.manifest.files.keys()
+
+
+def test_runs_that_do_not_differ_have_no_fraction_and_no_strongest_head(store, inputs):
+    config = CONFIG.model_copy(update={"metric": "tests.stages.own_metric:one", "units": ["head_out"]})
+    found = PatchEffects(execute(STAGE, config, inputs, store).artifact.path)
+    assert bool(found.recovered("head_out").isnull().all())
+    assert bool((found.statistics("head_out")["p"] == 1).all())
+    assert "strongest_head" not in found.summary
+
+
+def test_a_metric_that_is_no_number_stops_the_sweep_in_one_sentence(store, inputs):
+    config = CONFIG.model_copy(update={"metric": "tests.stages.own_metric:not_a_number"})
+    with pytest.raises(StageError, match="not_a_number of unpatched runs is not a finite number"):
+        execute(STAGE, config, inputs, store)
+
+
+def test_pairs_without_others_to_draw_from_are_told_in_the_log(store, inputs, caplog):
+    config = CONFIG.model_copy(update={"intervention": "resample", "units": ["attn_out"], "max_pairs": 3})
+    execute(STAGE, config, inputs, store)
+    assert "1 of 3 pairs are alone of their length, and get their own donor's values" in caplog.text
 
 
 @pytest.fixture(scope="module")
