@@ -4,8 +4,8 @@ For each class of heads, what the stage `heads` describes (attention, what is co
 exact interventions do: heads exchanged or ablated by the stage `patch`, path patching by the stage `attribute`, and
 the attention of induction heads with an earlier head taken away; then the heads of a class are exchanged together.
 Prints markdown: docs/heads.md holds what it said
-of SmolLM2. Results stay in the store, so that a second call, or one after a kill, goes on. `--pairs 4 --path-pairs 2`
-is a quick look.
+of SmolLM2. Results stay in the store, so that a second call, or one after a kill, goes on. `--pairs 4` is a quick
+look.
 """
 
 import argparse
@@ -25,13 +25,11 @@ def main() -> None:
     parser.add_argument("--store", help="folder of results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--path-pairs", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
     store = Store(asked.store)
     model = resolve_model(asked.model, Store(asked.models) if asked.models else store, device=asked.device)
-    sizes = Sizes(asked.seed, asked.pairs, min(asked.path_pairs, asked.pairs))
-    runs = Runs(model, store, sizes, asked.device)
+    runs = Runs(model, store, Sizes(asked.seed, asked.pairs), asked.device)
     for comparison in compared(runs):
         print(comparison.markdown() + "\n", flush=True)
     print(together(runs))

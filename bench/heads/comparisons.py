@@ -9,8 +9,8 @@
 | name mover | direct logit attribution | fall through the logits alone (path patching) |
 
 Everything on the left is read from plain runs; everything on the right needs runs with changed activations. Path
-patching is of 36 heads: the 12 that the class's description ranks first, the 12 whose exchange at the same place
-changes the logit difference most, and 12 others at random.
+patching into the logits is of all heads, into queries and values of 36: the 12 that the class's description ranks
+first, the 12 whose exchange at the same place changes the logit difference most, and 12 others at random.
 """
 
 from collections.abc import Iterator
@@ -44,8 +44,8 @@ def compared(runs: Runs) -> Iterator[Comparison]:
 
 def _name_movers(runs: Runs, scores: HeadScores, at_end: Measure) -> Comparison:
     written = Measure.of_pairs("direct logit attribution", scores.attribution(_IOI)["heads"].to_numpy())
-    heads = chosen(written, at_end, runs.info.n_layers)
-    direct = _fall_through(runs.paths(["logits"], heads), "the logits alone", runs.info)
+    every = [(layer, head) for layer in range(runs.info.n_layers) for head in range(runs.info.n_heads)]
+    direct = _fall_through(runs.paths(["logits"], every), "the logits alone", runs.info)
     beside = [at_end, _attention(scores, "end", "io"), _score(scores, "name_copying")]
     return Comparison("Name movers", written, direct, beside)
 

@@ -3,7 +3,7 @@
 - `at_place`: stage `patch`, every head's z at `end` or at S2 exchanged for its value on the corrupted prompt;
 - `copies`: stage `patch`, every head's z at `end` replaced by its mean by position, on repeated random tokens;
 - `paths`: stage `attribute`, path patching from chosen heads into the logits alone, into the queries of name movers,
-  and into the values of the heads that these are steered by (two whole forward passes a head and pair, so not all);
+  and into the values of the heads that these are steered by;
 - `matched`: how far the induction heads' own diagonal falls when an earlier head's z is replaced by its mean.
 """
 
@@ -46,7 +46,6 @@ class Sizes:
 
     seed: int = 0
     n_pairs: int = 32
-    n_path_pairs: int = 8
 
 
 class Runs:
@@ -81,7 +80,7 @@ class Runs:
         config = AttributionConfig(
             kinds=["z"],
             direction="noising",
-            max_pairs=self.sizes.n_path_pairs,
+            max_pairs=self.sizes.n_pairs,
             verify=VerifyConfig(top=0, random=0),
             paths=(PathConfig(receivers=tuple(receivers), senders=senders),),
             device=self.device,

@@ -103,7 +103,7 @@ class PathPatcher:
         name = self.model.info.architecture
         try:
             restarted = RestartedPasses(self.model, self.pairs.base, self.runs, receivers)
-            error = max(self._error(restarted, whole, sender, receivers) for sender in _spread(senders))
+            error = self._error(restarted, whole, _spread(senders), receivers)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as reason:
@@ -114,11 +114,15 @@ class PathPatcher:
         _log.info("path patching of %s restarted is off by %.1e", name, error)
         return whole, 0.0
 
-    def _error(self, restarted: PathPasses, whole: PathPasses, sender: Sender, receivers: Sequence[Receiver]) -> float:
+    def _error(
+        self, restarted: PathPasses, whole: PathPasses, senders: Sequence[Sender], receivers: Sequence[Receiver]
+    ) -> float:
         # A single pair is tried twice: what the blocks were called with for one row may fit one row alone.
         pair = torch.arange(_ROWS_TRIED, device=self.pairs.base.device) % len(self.pairs.base)
-        found = [self._logits(passes, [sender], receivers, pair, pair * 0) for passes in (restarted, whole)]
-        return largest_difference(*found)
+        number = torch.arange(len(senders), device=pair.device).repeat_interleave(_ROWS_TRIED)
+        wanted = self._logits(whole, senders, receivers, pair.repeat(len(senders)), number)
+        found = [self._logits(restarted, [sender], receivers, pair, pair * 0) for sender in senders]
+        return largest_difference(torch.cat(found), wanted)
 
 
 def _spread(senders: Sequence[Sender]) -> list[Sender]:

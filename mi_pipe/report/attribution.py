@@ -22,7 +22,10 @@ _TITLES = {
     "resid_mid": "Residual stream between attention and MLP", "resid_post": "Residual stream after each layer",
     "attn_out": "Attention output", "mlp_out": "MLP output",
 }  # fmt: skip
-_VERIFIED = ["node", "rank", "mean", "exact_mean", "mean_abs", "exact_mean_abs", "pair_correlation"]
+_VERIFIED = {
+    "node": "node", "rank": "rank", "mean": "estimate", "exact_mean": "exact", "mean_abs": "estimate, absolute",
+    "exact_mean_abs": "exact, absolute", "pair_correlation": "correlation over pairs",
+}  # fmt: skip
 
 
 def page(artifacts: Sequence[Attributions]) -> Page:
@@ -46,9 +49,7 @@ def _section(found: Attributions) -> tuple[dict[str, Any], list[Figure], dict[st
         "positions": [figure.name for figure in positions],
         "n_pos": _commonest_length(found),
         "checks": [figure.name for figure in checks],
-        "verified": verified.sort_values("exact_mean_abs", ascending=False).head(_N_TOP)[_VERIFIED]
-        if len(verified)
-        else verified,
+        "verified": _shown(verified) if len(verified) else verified,
         "paths": [figure.name for figure in sent],
         "top": found.nodes().nlargest(_N_TOP, "mean_abs")[["node", "mean", "standard_error", "mean_abs", "rank"]],
     }
@@ -56,6 +57,11 @@ def _section(found: Attributions) -> tuple[dict[str, Any], list[Figure], dict[st
     tables |= {f"verified-{stem}": verified} if len(verified) else {}
     tables |= {f"paths-{stem}": paths} if len(paths) else {}
     return section, [*heads, *checks, *sent, *positions], tables
+
+
+def _shown(verified: pd.DataFrame) -> pd.DataFrame:
+    largest = verified.sort_values("exact_mean_abs", ascending=False).head(_N_TOP)
+    return largest.loc[:, list(_VERIFIED)].set_axis(list(_VERIFIED.values()), axis=1)
 
 
 def _commonest_length(found: Attributions) -> int:
@@ -117,7 +123,7 @@ def _paths(rows: pd.DataFrame, name: str) -> Figure:
         map(str, table.columns), key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)
     )
     receivers, mlps = (str(rows[name].to_numpy()[0]) for name in ("receivers", "mlps"))
-    title = f"Paths into {receivers}, MLPs {mlps}"
+    title = f"Paths into {receivers.replace(' ', ', ')}; MLPs {mlps}"
     values = table.loc[:, order].to_numpy(float)
     return heatmap(
         name, title, f"Heatmap of the mean effect of patching each sender's paths into {receivers}.",

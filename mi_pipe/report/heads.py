@@ -96,4 +96,5 @@ def _heatmap(table: pd.DataFrame, score: str, stem: str) -> Figure:
 
 
 def _title(score: str) -> str:
-    return score.replace("_", " ").capitalize()
+    words = score.replace("_", " ")
+    return (words[0].upper() + words[1:]).replace("Ov ", "OV ").replace(" ov ", " OV ")

@@ -59,6 +59,31 @@ def test_resid_mid_of_all_positions_is_the_derivative_of_moving_it_by_way_of_att
         assert torch.allclose(found.whole["resid_mid"][i, layer], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", tiny.ODD_CONFIGS)
+def test_an_mlps_output_is_its_own_whatever_its_block_does_with_it(name):
+    model, pairs = tiny.model(name), tiny.pairs()
+    found = atp(model, tokens_of(pairs, "denoising"), plain.metric_of(pairs), ["mlp_out"])
+    mlp = model.blocks[0].fc2 if name == "opt" else model.blocks[0].mlp
+    seen, scale = [], torch.zeros(len(pairs), dtype=torch.float64, requires_grad=True)
+    handle = mlp.register_forward_hook(lambda _m, _a, output: seen.append(output.detach().clone()))
+    with torch.no_grad():
+        model.logits(pairs.corrupted)
+        model.logits(pairs.clean)
+    handle.remove()
+    base, donor = (value.reshape(len(pairs), -1, 24) for value in seen)
+
+    def move(_module, _args, output):
+        return output + (scale[:, None, None] * (donor - base)).reshape(output.shape)
+
+    handle = mlp.register_forward_hook(move)
+    with torch.enable_grad():
+        moved = plain.metric_of(pairs)(model.logits(pairs.corrupted)[:, -1])
+    handle.remove()
+    expected = torch.autograd.grad(moved.sum(), scale)[0]
+    assert found.effects["mlp_out"].shape == (len(pairs), 2, pairs.clean.shape[1])
+    assert torch.allclose(found.whole["mlp_out"][:, 0], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "llama_gqa"])
 def test_heads_mlps_and_embeddings_are_those_of_transformer_lens(name):
     model, pairs = tiny.model(name), tiny.pairs(n_pairs=2)

@@ -1,5 +1,7 @@
 """Path patching against plain hooks, one sender and one forward pass at a time; all in float64."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -113,6 +115,33 @@ def test_restarted_passes_give_what_whole_ones_do(name, mlps):
         assert fast.largest_error < 1e-6
         # Norms of transformers compute in float32, whatever the model's dtype.
         assert torch.allclose(fast.patched, slow.patched, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", tiny.ODD_CONFIGS)
+def test_an_mlp_of_an_odd_block_receives_and_sends(name):
+    model, pairs = tiny.model(name), tiny.pairs()
+    tokens = PairTokens(pairs.corrupted, pairs.clean)
+    found = PathPatcher(model, tokens, metric_by_rows(pairs)).patched([Sender("embed")], [Receiver("mlp", 0)])
+    block = model.blocks[0]
+    mlp, seen = (block.fc2 if name == "opt" else block.mlp), []
+    handle = mlp.register_forward_hook(lambda _m, _a, output: seen.append(output.clone()))
+    with torch.no_grad(), ExitStack() as stack:
+        # All attention held at the corrupted run's, the embeddings are the clean run's: what the first MLP makes of it.
+        z, embeddings = [], []
+        hooks = {"blocks.0.attn.hook_z": lambda v: z.append(v.clone())}
+        with model.edited(hooks):
+            model.logits(pairs.corrupted)
+        with model.edited({"blocks.0.hook_resid_pre": lambda v: embeddings.append(v.clone())}):
+            model.logits(pairs.clean)
+        held = {"blocks.0.hook_resid_pre": lambda _: embeddings[0], "blocks.0.attn.hook_z": lambda _: z[0]}
+        with model.edited(held):
+            model.logits(pairs.corrupted)
+        handle.remove()
+        put = mlp.register_forward_hook(lambda _m, _a, _output: seen[-1].clone())
+        stack.callback(put.remove)
+        expected = plain.metric_of(pairs)(model.logits(pairs.corrupted)[:, -1])
+    assert torch.allclose(found.patched[:, 0], expected, atol=1e-6)
+    assert not torch.allclose(found.patched[:, 0], found.base, atol=1e-3)
 
 
 def test_a_model_whose_blocks_talk_past_each_other_is_run_whole():

@@ -8,11 +8,13 @@ from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    OPTConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -41,6 +43,12 @@ HF_CONFIGS = {
     "cohere": CohereConfig(**SIZES, num_key_value_heads=2, logit_scale=0.25, **MORE),
     "granite": GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=3.0, residual_multiplier=0.5, **MORE),
 }
+ODD_CONFIGS = {
+    # Adds the attention's output to the MLP's in place.
+    "falcon": FalconConfig(**SIZES, parallel_attn=True, multi_query=True, bias=False, initializer_range=0.25),
+    # Its MLPs know no batch: their values are (pair * pos, width).
+    "opt": OPTConfig(**SIZES, ffn_dim=40, word_embed_proj_dim=24, init_std=0.25, max_position_embeddings=N_CTX),
+}
 NATIVE = {"n_layers": 2, "d_model": 24, "n_heads": 4, "d_head": 6, "n_ctx": N_CTX, "d_vocab": D_VOCAB, "seed": 3}
 NATIVE |= {"act_fn": "gelu", "initializer_range": 0.25}
 NATIVE_FIELDS = {
@@ -65,7 +73,7 @@ def model(name: str) -> Model:
         module = native_module(NATIVE_FIELDS[name])
         wrapped = wrap_native(module)
     else:
-        module = AutoModelForCausalLM.from_config(HF_CONFIGS[name])
+        module = AutoModelForCausalLM.from_config((HF_CONFIGS | ODD_CONFIGS)[name])
         wrapped = wrap_hf_model(module, tokenizer(), name)
     with torch.no_grad():
         for weight in wrapped.module.parameters():

@@ -7,7 +7,7 @@ from mi_pipe.heads.direct_logit_attribution import check_direct_logit_attributio
 from mi_pipe.models.head_weights import head_weights
 from mi_pipe.models.hook_points import HookMap
 from tests.circuits.reference import Reference, plain
-from tests.circuits.tiny import HF_CONFIGS, NATIVE_FIELDS, REFERENCED, model, pairs
+from tests.circuits.tiny import HF_CONFIGS, NATIVE_FIELDS, ODD_CONFIGS, REFERENCED, model, pairs
 
 PAIRS = pairs(n_pairs=4)
 ROWS = torch.arange(4)
@@ -17,7 +17,7 @@ def attributed(name):
     return direct_logit_attribution(model(name), PAIRS.clean, PAIRS.answer, PAIRS.wrong)
 
 
-@pytest.mark.parametrize("name", [*HF_CONFIGS, *NATIVE_FIELDS])
+@pytest.mark.parametrize("name", [*HF_CONFIGS, *ODD_CONFIGS, *NATIVE_FIELDS])
 def test_contributions_sum_to_the_models_own_logit_difference(name):
     found = attributed(name)
     logits = model(name).logits(PAIRS.clean)[:, -1].detach()

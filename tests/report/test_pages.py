@@ -250,8 +250,8 @@ def test_attribution_heatmaps_are_fractions_of_the_runs_difference_and_paths_hav
     assert figures["paths0"].view["columns"] == ["0", "1", "2", "mlp"]
     assert figures["paths0"].view["values"][1][3] == pytest.approx(7 / 8)
     shown = page.context["sections"][0]["verified"]
-    assert shown["exact_mean_abs"].is_monotonic_decreasing
-    assert list(shown.columns[2:4]) == ["mean", "exact_mean"]
+    assert shown["exact, absolute"].is_monotonic_decreasing
+    assert list(shown.columns[2:4]) == ["estimate", "exact"]
 
 
 def test_lens_maps_are_means_over_prompts_of_one_length_and_curves_are_of_the_last_token(artifacts):
