@@ -21,6 +21,7 @@ NEURONS = [5, 0, 21]
 PLAIN_UNITS = [unit for unit in UNITS if not is_of_sae(unit)]
 TL_FUNCTIONS = {
     "resid_pre": tl.get_act_patch_resid_pre,
+    "resid_mid": tl.get_act_patch_resid_mid,
     "attn_out": tl.get_act_patch_attn_out,
     "mlp_out": tl.get_act_patch_mlp_out,
     **{
