@@ -12,10 +12,11 @@ from torch import Tensor
 from mi_pipe.activations.prompt_agreement import check_prompts
 from mi_pipe.activations.store import ActivationStore
 from mi_pipe.core.errors import ConfigError
-from mi_pipe.models.hook_points import layer_of
+from mi_pipe.models.hook_points import layer_of, moved_hook
 from mi_pipe.models.model import Model, as_logits
 from mi_pipe.models.reading import Reading
 from mi_pipe.models.source import ModelSource, source_hooks
+from mi_pipe.patching.known_blocks import KnownBlocks
 from mi_pipe.patching.metrics import PairInfo, find_metric, metric_of_logits
 from mi_pipe.probes.causal import (
     PROBE,
@@ -25,14 +26,12 @@ from mi_pipe.probes.causal import (
     LastMetric,
     ReadingDirection,
     make_batch,
-    moved_hook,
     random_unit,
     reading_direction,
     run_moved,
 )
 from mi_pipe.probes.config import CausalConfig
 from mi_pipe.prompts.prompt_set import PromptSet
-from mi_pipe.steering.restart import KnownBlocks
 
 _BATCH_TOKENS = 1024
 

@@ -105,3 +105,12 @@ def layer_of(hook_name: str) -> int | None:
     """
     found = _LAYER.match(hook_name)
     return int(found.group(1)) if found else None
+
+
+def moved_hook(hook: str) -> str:
+    """Return where a hook point is moved: the model reads resid_mid for the MLP alone, what attention adds for all.
+
+    >>> moved_hook("blocks.2.hook_resid_mid"), moved_hook("blocks.2.hook_resid_post")
+    ('blocks.2.hook_attn_out', 'blocks.2.hook_resid_post')
+    """
+    return hook.replace("hook_resid_mid", "hook_attn_out")

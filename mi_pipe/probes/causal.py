@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mi_pipe.models.hook_points import moved_hook
 from mi_pipe.models.model import Model
 from mi_pipe.models.reading import Reading, listening
 
@@ -111,15 +112,6 @@ def run_moved(
         return CausalRun(found, None)
     values = metric(last.float(), torch.from_numpy(batch.prompts))
     return CausalRun(found, values.cpu().double().numpy())
-
-
-def moved_hook(hook: str) -> str:
-    """Return where a hook point is moved: the model reads resid_mid for the MLP alone, what attention adds for all.
-
-    >>> moved_hook("blocks.2.hook_resid_mid"), moved_hook("blocks.2.hook_resid_post")
-    ('blocks.2.hook_attn_out', 'blocks.2.hook_resid_post')
-    """
-    return hook.replace("hook_resid_mid", "hook_attn_out")
 
 
 def make_batch(

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from jaxtyping import Float
 from torch import Tensor
 
+from mi_pipe.models.hook_points import moved_hook
 from mi_pipe.models.model import Model
 from mi_pipe.patching.edits import edited
-from mi_pipe.probes.causal import moved_hook
 
 
 @contextmanager

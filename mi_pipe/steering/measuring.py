@@ -1,7 +1,7 @@
 """What steering does to a metric of the answer and to the loss on text, by prompt and coefficient.
 
 Runs that differ by coefficient and prompt alone are the rows of one batch, as many as fit into `batch_tokens`; they
-begin at the block where the direction is added (`restart.py`).
+begin at the block where the direction is added (mi_pipe/patching/known_blocks.py).
 Coefficient 0 is the model without any hook: its figures are the model's own, bit for bit.
 
 Loss is the mean cross-entropy of a prompt's tokens after the first, in nats; perplexity is exp of its mean over tokens.
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mi_pipe.models.model import Model, as_logits
+from mi_pipe.patching.known_blocks import KnownBlocks
 from mi_pipe.patching.metrics import Metric, PairInfo, metric_of_logits
 from mi_pipe.patching.readout import last_logits
 from mi_pipe.prompts.prompt_set import PairGroup
 from mi_pipe.steering.adding import added
 from mi_pipe.steering.direction import Direction
-from mi_pipe.steering.restart import KnownBlocks
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Runs of prompts under steering that leave out the blocks before the hook point: what these return is known.
+"""Runs in which something is moved at a hook point, and the blocks before it are left out: what these return is known.
 
 Steps:
 1. while the model runs as it is, keep what the last block before each hook point returns;
-2. under steering, let the blocks up to there return just that, without computing anything. The model itself goes on
-   from there with its own masks, later blocks and unembedding, so that the numbers are those of a whole run.
+2. with an edit at the hook point, let the blocks up to there return just that, without computing anything. The model
+   itself goes on from there with its own masks, later blocks and unembedding: the numbers are those of a whole run.
 
 Exact where blocks talk to each other through the hidden states alone. Whether they do is tried on the first prompt; in
 a model where they do not (keys and values shared between layers), whole runs are made. Hook points outside the blocks:
@@ -35,7 +35,7 @@ class KnownBlocks:
     """What a model's first blocks return on some prompts of one length."""
 
     def __init__(self, model: Model, hooks: Sequence[str]) -> None:
-        """Know nothing yet; `hooks` are those at which runs will be steered."""
+        """Know nothing yet; `hooks` are those at which values will be moved."""
         self._model = model
         self._n_before = {hook: n_before(model, hook) for hook in hooks}
         self._hidden: dict[int, Float[Tensor, "prompt pos d_model"]] = {}

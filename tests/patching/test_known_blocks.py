@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mi_pipe.models.hook_points import layer_of
+from mi_pipe.patching.known_blocks import n_before
 from mi_pipe.steering.direction import Direction
 from mi_pipe.steering.measuring import text_losses
-from mi_pipe.steering.restart import n_before
 from tests.patching.conftest import D_VOCAB, make_model
 from tests.steering.test_measuring import run_with_hook
 
