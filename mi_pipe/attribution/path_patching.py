@@ -27,9 +27,9 @@ from mi_pipe.attribution.path_nodes import MLPs, Receiver, Sender, check_path
 from mi_pipe.attribution.path_passes import PathPasses, RestartedPasses, WholePasses, largest_difference
 from mi_pipe.attribution.path_runs import run_both
 from mi_pipe.models.model import Model
+from mi_pipe.patching.engine import CANNOT_RUN, TOLERANCE
 
 _log = logging.getLogger(__name__)
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _ROWS_TRIED = 2
 _SENDERS_TRIED = 3
 
@@ -106,10 +106,10 @@ class PathPatcher:
             error = self._error(restarted, whole, _spread(senders), receivers)
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as reason:
+        except CANNOT_RUN as reason:
             _log.info("path patching of %s cannot restart: %s", name, reason)
             return whole, 0.0
-        if error <= _TOLERANCE[self.model.dtype]:
+        if error <= TOLERANCE[self.model.dtype]:
             return restarted, error
         _log.info("path patching of %s restarted is off by %.1e", name, error)
         return whole, 0.0
