@@ -7,6 +7,7 @@ last is there, and are then put together into one Zarr group.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def estimate(config: PatchConfig, inputs: Inputs) -> Estimate:
     cells = sum(plan.n_pairs * len(layers_of(unit, plan.info)) * math.prod(plan.sizes(unit)) for unit in plan.units)
     missing = [unit for unit in config.units if unit not in plan.units]
     notes = [f"the model has no {', '.join(missing)}"] if missing else []
-    if n_alone := n_without_others(config.intervention, plan.groups):
+    if n_alone := n_without_others(config.intervention, plan.groups, plan.donors):
         alike = "template and length" if config.intervention == "mean_by_position" else "length"
         notes.append(f"{n_alone} of {plan.n_pairs} pairs are alone of their {alike}, and get their own donor's values")
     # Scratch holds every value once more.
@@ -86,7 +87,7 @@ def _job(config: PatchConfig, plan: Plan, inputs: Inputs, work: Workspace) -> _J
     saes = _sae_parts(config, plan, inputs, work, model) if plan.saes else None
     ablation = None
     if config.intervention != "patch":
-        ablation = Ablation(config.intervention, config.direction, plan.groups, config.seed, saes)
+        ablation = Ablation(config.intervention, config.direction, plan.donors, config.seed, saes)
     neurons = _load(work, _NEURONS).tolist() if "neuron" in plan.units else []
     return _Job(config, plan, work, model, saes, ablation, neurons)
 
@@ -190,11 +191,12 @@ def _chosen(plan: Plan, work: Workspace) -> dict[str, tuple[tuple[str, ...], np.
     return found
 
 
-def _attributes(config: PatchConfig, plan: Plan, inputs: Inputs) -> dict[str, str | list[str]]:
-    found: dict[str, str | list[str]] = {
+def _attributes(config: PatchConfig, plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "direction": config.direction,
         "base_run": "corrupted" if config.direction == "denoising" else "clean",
         "intervention": config.intervention,
+        "donor_pairs": sum(group.n_pairs for group in plan.donors),
         "metric": config.metric,
         "positions": "all" if config.positions is None else ", ".join(config.positions),
         "aggregation": "none: one value a pair; fractions are ratios of means over pairs",

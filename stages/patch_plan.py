@@ -1,6 +1,6 @@
 """What a run of the stage `patch` will do, from config, prompts, the model's hook points and SAEs' configs alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -14,7 +14,7 @@ from mi_pipe.models.source import ModelSource, source_hooks
 from mi_pipe.patching.choice import check_neurons
 from mi_pipe.patching.chunks import Chunk, check_fits, choose_pairs, chunks_of
 from mi_pipe.patching.engine import SHORTCUTS, Shortcut
-from mi_pipe.patching.interventions import Intervention
+from mi_pipe.patching.interventions import Intervention, donor_groups
 from mi_pipe.patching.metrics import Direction, find_metric, metric_source
 from mi_pipe.patching.places import places_mask
 from mi_pipe.patching.sae_places import SAEPlace, check_features, check_places, places_in, saes_by_layer
@@ -108,6 +108,8 @@ class Plan:
     info: ModelInfo
     units: list[Unit]
     groups: list[PairGroup]
+    donors: Sequence[PairGroup]
+    """The pairs that an ablation's values are of."""
     chunks: list[Chunk]
     n_chosen: dict[str, int]
     """How many neurons and features of a layer are patched."""
@@ -147,8 +149,10 @@ def make_plan(config: PatchConfig, inputs: Inputs) -> Plan:
     """Return the plan; raises what is wrong with device, prompts, units, positions, neurons, SAEs or features."""
     pick_device(config.device)
     hooks, info = source_hooks(inputs.model)
-    groups = choose_pairs(inputs.task.pair_groups(), config.max_pairs)
-    check_fits(groups, info, inputs.task.id)
+    task = inputs.task.pair_groups()
+    groups = choose_pairs(task, config.max_pairs)
+    donors = donor_groups(config.intervention, task, groups)
+    check_fits(donors, info, inputs.task.id)
     units = present_units(config.units, hooks, info.n_layers)
     if "neuron" in units:
         check_neurons(config.neurons, info.d_mlp)
@@ -163,7 +167,7 @@ def make_plan(config: PatchConfig, inputs: Inputs) -> Plan:
         check_places(saes.values(), hooks, inputs.model.id)
         check_features(config.features, saes)
     counts = {"neuron": _n_chosen(config.neurons), "feature": _n_chosen(config.features)}
-    return Plan(info, units, groups, chunks_of(groups), counts, saes)
+    return Plan(info, units, groups, donors, chunks_of(groups), counts, saes)
 
 
 def _n_chosen(asked: int | list[int]) -> int:

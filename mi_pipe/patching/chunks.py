@@ -1,5 +1,6 @@
 """Which pairs a sweep takes, and in which batches: a batch of pairs is what is run, stored and resumed together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,7 +59,7 @@ def chunks_of(groups: list[PairGroup], size: int = PAIRS_PER_CHUNK) -> list[Chun
     return chunks
 
 
-def check_fits(groups: list[PairGroup], info: ModelInfo, task: str) -> None:
+def check_fits(groups: Sequence[PairGroup], info: ModelInfo, task: str) -> None:
     """Raise PromptError if a prompt is longer than the model's context or has tokens that it does not know."""
     if not groups:
         raise PromptError(f"Task {task} has no pairs left for this tokenizer; see its dropped.json for the reasons.")

@@ -6,6 +6,7 @@ never zero: positions beyond a pair's length, units that the model does not have
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -171,7 +172,7 @@ def effects_dataset(
     corrupted: np.ndarray,
     tokens: dict[str, np.ndarray],
     pairs: np.ndarray,
-    attributes: Mapping[str, str | list[str]],
+    attributes: Mapping[str, Any],
     coordinates: Mapping[str, tuple[tuple[str, ...], np.ndarray]],
 ) -> xr.Dataset:
     """Put a sweep's arrays together: `values` by unit (pair, layer, *axes), metrics (pair), `tokens` (pair, pos).

@@ -1,9 +1,10 @@
 """What is put in the place of a value: the other run's (patching), zeros, means, or another prompt's (ablations).
 
-patch: the donor run of the same pair. zero: zeros. mean: the mean over all positions of all donor prompts of the sweep.
+patch: the donor run of the same pair. zero: zeros. mean: the mean over all positions of all donor prompts of the task.
 mean_by_position: the mean over the donor prompts of the same template and length, position by position (Wang et al.
 2022 ablate so, over their ABC prompts). resample: the donor run of another pair of the same length, drawn with a seed.
-Donor prompts are the corrupted ones when noising (the base run is clean), the clean ones when denoising.
+Donor prompts are the corrupted ones when noising (the base run is clean), the clean ones when denoising, of all pairs
+of the task, also of those that are not swept: a mean is the better the more it is of.
 """
 
 from collections import Counter
@@ -26,21 +27,28 @@ Intervention = Literal["patch", "zero", "mean", "mean_by_position", "resample"]
 _PROMPTS_A_RUN = 16
 
 
-def n_without_others(kind: Intervention, groups: Sequence[PairGroup]) -> int:
+def donor_groups(kind: Intervention, task: Sequence[PairGroup], swept: Sequence[PairGroup]) -> Sequence[PairGroup]:
+    """Return the pairs whose donor prompts are used: all of the task, or the swept ones where each gets its own."""
+    return swept if kind in ("patch", "zero") else task
+
+
+def n_without_others(kind: Intervention, groups: Sequence[PairGroup], donors: Sequence[PairGroup]) -> int:
     """Return how many pairs have no other to take a mean with, or to draw from: they get their own donor's values."""
     if kind == "mean_by_position":
-        return sum(n == 1 for group in groups for n in Counter(group.templates).values())
-    return sum(group.n_pairs == 1 for group in groups) if kind == "resample" else 0
+        counts = Counter((group.n_pos, template) for group in donors for template in group.templates)
+        return sum(counts[group.n_pos, template] == 1 for group in groups for template in group.templates)
+    counts = Counter({group.n_pos: group.n_pairs for group in donors})
+    return sum(counts[group.n_pos] == 1 for group in groups) if kind == "resample" else 0
 
 
 @dataclass
 class Ablation:
-    """Ablation values of a sweep over these groups of pairs."""
+    """Ablation values of a sweep."""
 
     kind: Intervention
     direction: Direction
     groups: Sequence[PairGroup]
-    """All pairs of the sweep: what means are taken over, and other pairs drawn from."""
+    """The pairs that means are taken over and other pairs drawn from, those of the sweep among them."""
     seed: int = 0
     saes: SAEParts | None = None
     """The SAEs whose parts are ablated, if any are."""

@@ -151,7 +151,11 @@ def test_a_metric_that_is_no_number_stops_the_sweep_in_one_sentence(store, input
 
 def test_pairs_without_others_to_draw_from_are_told_in_the_log(store, inputs, caplog):
     config = CONFIG.model_copy(update={"intervention": "resample", "units": ["attn_out"], "max_pairs": 3})
-    execute(STAGE, config, inputs, store)
+    made = execute(STAGE, config, inputs, store).artifact
+    assert "alone" not in caplog.text, "pairs that are not swept are drawn from"
+    assert PatchEffects(made.path).to_xarray().attrs["donor_pairs"] == 7
+    few = Inputs(model=inputs.model, task=toy_task(store, inputs.model, n_pairs=3))
+    execute(STAGE, config, few, store)
     assert "1 of 3 pairs are alone of their length, and get their own donor's values" in caplog.text
 
 
