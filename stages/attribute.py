@@ -70,7 +70,7 @@ def estimate(config: AttributionConfig, inputs: Inputs) -> Estimate:
     """Return the size of arrays and tables, and the number of units of work."""
     plan = make_plan(config, inputs)
     n_rows = len(plan.pairs) * sum(len(senders) for _, senders, _ in plan.paths)
-    missing = [kind for kind in config.kinds if kind not in plan.kinds]
+    missing = [kind for kind in config.kinds if kind not in plan.kinds and "kinds" in config.model_fields_set]
     notes = (f"the model has no {', '.join(missing)}",) if missing else ()
     # Scratch holds every value once more.
     size = 2 * len(plan.pairs) * plan.n_values * _FLOAT_BYTES + n_rows * _ROW_BYTES + _TABLE_BYTES

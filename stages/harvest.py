@@ -39,8 +39,7 @@ def estimate(config: HarvestConfig, inputs: Inputs) -> Estimate:
     plan = make_plan(config, inputs, Fallback(config.store_dtype))
     layout = plan.layout
     size = layout.size_bytes + layout.n_rows * _TABLE_BYTES_A_ROW
-    names = ", ".join(array.name for array in layout.arrays)
-    return Estimate(size, layout.n_shards, "shards", (f"{layout.n_rows:,} rows of {names}",))
+    return Estimate(size, layout.n_shards, "shards")
 
 
 def run(config: HarvestConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:

@@ -80,9 +80,8 @@ def estimate(config: ImportConfig, inputs: Inputs) -> Estimate:
     del inputs
     source = _open(config)
     layout = layout_of(source, config.shard_rows)
-    names = ", ".join(source.arrays)
     size = layout.size_bytes + layout.n_rows * _TABLE_BYTES_A_ROW
-    return Estimate(size, layout.n_shards, "shards", (f"{layout.n_rows:,} rows of {names}",))
+    return Estimate(size, layout.n_shards, "shards")
 
 
 def _open(config: ImportConfig) -> Source:

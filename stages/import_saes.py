@@ -101,7 +101,7 @@ def estimate(config: ImportSAEsConfig, inputs: Inputs) -> Estimate:
     if inputs.activations is not None and inputs.prompts is not None:
         check_prompts(inputs.activations, inputs.prompts)
     size = sum(SAEFolder.at(path).weights_path.stat().st_size for path in config.folders) * _FLOAT32_GROWTH
-    return Estimate(size, len(config.folders), "SAEs", (f"{len(config.folders)} SAEs",))
+    return Estimate(size, len(config.folders), "SAEs")
 
 
 def run(config: ImportSAEsConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:

@@ -137,11 +137,7 @@ def estimate(config: LensesConfig, inputs: Inputs) -> Estimate:
         cells += sum(chunk.group.n_pairs for chunk in chunks) * longest * (plan.info.n_layers + 1)
     size = 2 * cells * (1 + bool(config.tuned)) * (_FIGURES + 2 * config.n_top) * _FLOAT_BYTES
     size += _SCRATCH_COPIES * len(plan.trained) * plan.info.d_model**2 * _FLOAT_BYTES
-    n_prompts = sum(chunk.group.n_pairs for chunks in plan.tasks.values() for chunk in chunks)
-    notes = (f"{n_prompts} prompts at {plan.info.n_layers + 1} depths",)
-    if plan.trained:
-        notes = (*notes, f"translators at {', '.join(plan.trained.values())}")
-    return Estimate(size + _TABLE_BYTES, plan.n_work(config), "units", notes)
+    return Estimate(size + _TABLE_BYTES, plan.n_work(config), "units")
 
 
 def run(config: LensesConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:

@@ -59,7 +59,7 @@ def estimate(config: PatchConfig, inputs: Inputs) -> Estimate:
     """Return the size of the effect arrays and the number of units of work."""
     plan = make_plan(config, inputs)
     cells = sum(plan.n_pairs * len(layers_of(unit, plan.info)) * math.prod(plan.sizes(unit)) for unit in plan.units)
-    missing = [unit for unit in config.units if unit not in plan.units]
+    missing = [unit for unit in config.units if unit not in plan.units and "units" in config.model_fields_set]
     notes = [f"the model has no {', '.join(missing)}"] if missing else []
     if n_alone := n_without_others(config.intervention, plan.groups, plan.donors):
         alike = "template and length" if config.intervention == "mean_by_position" else "length"

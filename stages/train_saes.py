@@ -96,8 +96,7 @@ def estimate(config: TrainSAEsConfig, inputs: Inputs) -> Estimate:
     kept = sum(weight_bytes(spec) + config.keep_state * training_bytes(spec) for spec in specs)
     size = kept + 2 * largest_group_bytes(specs)
     n_sites = len({spec.sites for spec in specs})
-    note = f"{len(specs)} SAEs, {config.n_steps * config.batch_rows:,} tokens each"
-    return Estimate(size, config.n_steps * n_sites, "steps", (note,))
+    return Estimate(size, config.n_steps * n_sites, "steps")
 
 
 def run(config: TrainSAEsConfig, inputs: Inputs, work: Workspace) -> dict[str, Scalar]:

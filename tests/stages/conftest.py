@@ -9,11 +9,11 @@ from tests.stages.toys import toy_model, toy_task
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Store:
+def module_store(tmp_path_factory) -> Store:
     return Store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
-def toy(store) -> tuple[TrainedModel, PromptSet]:
-    model = toy_model(store, attn_only=False)
-    return model, toy_task(store, model)
+def toy(module_store) -> tuple[TrainedModel, PromptSet]:
+    model = toy_model(module_store, attn_only=False)
+    return model, toy_task(module_store, model)

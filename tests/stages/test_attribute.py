@@ -29,6 +29,11 @@ CONFIG = AttributionConfig(
 
 
 @pytest.fixture(scope="module")
+def store(module_store):
+    return module_store
+
+
+@pytest.fixture(scope="module")
 def inputs(toy) -> Inputs:
     return Inputs(*toy)
 

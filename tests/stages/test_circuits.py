@@ -25,6 +25,11 @@ CONFIG = CircuitsConfig(
 
 
 @pytest.fixture(scope="module")
+def store(module_store):
+    return module_store
+
+
+@pytest.fixture(scope="module")
 def inputs(toy) -> Inputs:
     return Inputs(*toy)
 
